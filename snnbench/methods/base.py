@@ -1,0 +1,73 @@
+"""A training method is a gradient estimator: given a network and a batch, it fills `.grad`.
+
+Shapes: T timesteps, B batch, K classes.  `progress` in [0, 1] is the fraction of training done.
+The target is an int64 class index [B], or class probabilities [B, K] under label smoothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snnbench.models.layer import Layer, Network
+
+HOOKS = ("prepare", "run", "observe", "readout", "loss", "loss_scale", "backward")
+
+
+class Method:
+    """Every hook has a default, and the defaults are BPTT."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """Hyper-parameters, validated from the suite's [[method]] table."""
+
+    source: ClassVar[str]
+    # Hyper-parameters and T (None: any) at which the gradients must equal those of BPTT.
+    bptt_limit: ClassVar[tuple[dict[str, Any], int | None]] = ({}, None)
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.Config() if config is None else config
+
+    def supports(self, net: Network, T: int) -> str | None:
+        """Why this method makes no sense for the network and T; None if it does."""
+        return None
+
+    def prepare(self, net: Network) -> nn.Module | None:
+        """Auxiliary parameters that are trained along and discarded for evaluation."""
+        return None
+
+    def run(self, layer: Layer, *x_TB: Tensor) -> Tensor:
+        """How one layer propagates signals and gradients while training."""
+        s_TB: Tensor = layer(*x_TB)
+        return s_TB
+
+    def observe(self, layer: Layer, s_TB: Tensor) -> None:
+        """Look at what a layer sent out; must not change it."""
+
+    def readout(self, logits_TBK: Tensor, progress: float) -> Tensor:
+        """The logits that the loss sees, [T, B, K]."""
+        return logits_TBK
+
+    def loss(self, logits_TBK: Tensor, target: Tensor, progress: float) -> Tensor:
+        """Cross-entropy of the time-mean logits, averaged over the batch."""
+        return F.cross_entropy(logits_TBK.mean(0), target)
+
+    def loss_scale(self, T: int) -> float:
+        """Constant factor on all gradients that belongs to the method's definition."""
+        return 1.0
+
+    def backward(self, net: Network, x_TB: Tensor, target: Tensor, progress: float) -> Tensor:
+        """Fill `.grad` of every trainable parameter; the loss comes back, detached."""
+
+        def run(layer: Layer, *x: Tensor) -> Tensor:
+            s_TB = self.run(layer, *x)
+            self.observe(layer, s_TB)
+            return s_TB
+
+        logits_TBK = self.readout(net(x_TB, run), progress)
+        loss = self.loss(logits_TBK, target, progress)
+        (self.loss_scale(len(x_TB)) * loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()

@@ -1,0 +1,144 @@
+"""Gradient scaling with spike-dependent local information.
+
+For every synapse with weights W, pre- and post-synaptic spikes and a per-timestep gradient dW_t:
+
+    tr[t] = exp(-1) tr[t-1] + s[t]                       trace of a neuron's spikes
+    S_t   = tr_pre[t] (x) tr_post[t]                     coincidence, summed over batch and space
+    G_t   = (1 - alpha) + alpha S_t / max(S_t)           in [1 - alpha, 1]; 1 while all is silent
+    dW    = sum_t dW_t * G_t
+
+For a convolution (x) is its own weight-gradient correlation.  Errors sent to earlier layers, biases
+and BatchNorm are untouched.  A synapse fed by the data and the read-out have no pre- or
+post-synaptic spikes, and keep their gradient.
+
+Source: Park et al., ICML 2023 workshop, arXiv 2308.00558.  Only the abstract was readable: the
+equations are derived from the first author's repository (TensorFlow-SNNs, "stdp pathway"), with
+alpha = 0.1 as in its configurations, and post-synaptic traces of the post-synaptic neuron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import exp
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Le
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from snnbench.methods.base import Method
+from snnbench.models.layer import Layer, over_time, weighted
+
+TRACE_DECAY = exp(-1)
+
+
+class GradScale(Method):
+    """Overrides run."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """`alpha` is the largest share of a gradient that can be taken away."""
+
+        alpha: Annotated[float, Ge(0), Le(1)] = 0.1
+
+    source = "Park et al. 2023 (gradient scaling), ICML workshop, arXiv 2308.00558"
+    bptt_limit = ({"alpha": 0.0}, None)
+
+    def run(self, layer: Layer, *x_TB: Tensor) -> Tensor:
+        """The layer's own spikes; its weights get the scaled gradient."""
+        if layer.neuron is None:
+            return layer(*x_TB)  # type: ignore[no-any-return]
+        post = _Post()
+        c_TB = [
+            self._synapse(f, x, post) if x.requires_grad else over_time(f, x)
+            for f, x in zip(layer.synapses, x_TB, strict=True)
+        ]
+        s_TB = layer.scan(layer.neuron, sum(c_TB[1:], start=c_TB[0]))
+        post.s_TB = s_TB.detach()
+        return s_TB
+
+    def _synapse(self, synapse: nn.Module, x_TB: Tensor, post: _Post) -> Tensor:
+        before, op, after = weighted(synapse)
+        for part in before:
+            x_TB = over_time(part, x_TB)
+        c_TB: Tensor = _ScaledWeight.apply(x_TB, op.weight, op, post, self.config.alpha)
+        if op.bias is not None:
+            c_TB = c_TB + op.bias.view(-1, *(1 for _ in c_TB.shape[3:]))
+        for part in after:
+            c_TB = over_time(part, c_TB)
+        return c_TB
+
+
+class _Post:
+    """Post-synaptic spikes: known only after the synapse's own forward pass."""
+
+    s_TB: Tensor
+
+
+class _ScaledWeight(torch.autograd.Function):
+    """A convolution or linear map (without bias) whose weight gradient is scaled per timestep."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TB: Tensor, weight: Tensor, op: nn.Module, post: _Post, alpha: float
+    ) -> Tensor:
+        ctx.save_for_backward(x_TB, weight)
+        ctx.op, ctx.post, ctx.alpha = op, post, alpha
+        return over_time(lambda x: _apply(op, x, weight), x_TB)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        x_TB, weight = ctx.saved_tensors
+        (g_TB,) = grads
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_grad(ctx.op, x_TB, weight, g_TB)
+        pairs = zip(x_TB, g_TB, traces(x_TB), traces(ctx.post.s_TB), strict=True)
+        grad_w = torch.zeros_like(weight)
+        for x, g, pre, post in pairs:
+            scale = gradient_scale(weight_grad(ctx.op, pre, post), ctx.alpha)
+            grad_w += weight_grad(ctx.op, x, g) * scale
+        return grad_x, grad_w, None, None, None
+
+
+def traces(s_TB: Tensor) -> Iterator[Tensor]:
+    """Exponential trace tr[t] = exp(-1) tr[t-1] + s[t] of every neuron, t = 1..T."""
+    trace = torch.zeros_like(s_TB[0])
+    for s in s_TB:
+        trace = TRACE_DECAY * trace + s
+        yield trace
+
+
+def gradient_scale(coincidence: Tensor, alpha: float) -> Tensor:
+    """Factor G in [1 - alpha, 1] on a weight's gradient; 1 where no spikes coincide anywhere."""
+    peak = coincidence.max()
+    return torch.where(peak > 0, 1 - alpha + alpha * coincidence / peak, 1.0)
+
+
+def weight_grad(op: nn.Module, x_B: Tensor, g_B: Tensor) -> Tensor:
+    """Gradient of the weights for input x_B and output gradient g_B, summed over the batch."""
+    if isinstance(op, nn.Conv2d):
+        return conv2d_weight(  # type: ignore[no-any-return, no-untyped-call]
+            x_B, op.weight.shape, g_B, op.stride, op.padding, op.dilation, op.groups
+        )
+    return g_B.flatten(0, -2).T @ x_B.flatten(0, -2)
+
+
+def _apply(op: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    if isinstance(op, nn.Conv2d):
+        return F.conv2d(x, weight, None, op.stride, op.padding, op.dilation, op.groups)
+    return F.linear(x, weight)
+
+
+def _input_grad(op: nn.Module, x_TB: Tensor, weight: Tensor, g_TB: Tensor) -> Tensor:
+    if isinstance(op, nn.Conv2d):
+        shape = x_TB.flatten(0, 1).shape
+        g = g_TB.flatten(0, 1)
+        grad: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
+            shape, weight, g, op.stride, op.padding, op.dilation, op.groups
+        )
+        return grad.unflatten(0, x_TB.shape[:2])
+    return g_TB @ weight

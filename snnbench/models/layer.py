@@ -1,0 +1,81 @@
+"""The one primitive of every network, and the one seam that methods and meters pass through.
+
+A `Layer` is a population of neurons fed by one or more stateless synapses.  A network's `forward`
+hands every layer to `run(layer, *inputs)` and otherwise composes tensors freely.  Signals are
+time-first: x_TB is [T, B, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from snnbench.neurons import LIF
+
+Run = Callable[..., Tensor]
+
+
+def over_time(module: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
+    """Apply a stateless module to all timesteps at once: [T, B, ...] -> [T, B, ...]."""
+    return module(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
+
+
+class Layer(nn.Module):
+    """Neurons fed by synapses whose outputs are summed as input current.
+
+    Without a neuron it is a read-out: its output is the current itself.
+    """
+
+    def __init__(self, *synapses: nn.Module, neuron: LIF | None) -> None:
+        super().__init__()
+        self.synapses = nn.ModuleList(synapses)
+        self.neuron = neuron
+        self.scan: Callable[[LIF, Tensor], Tensor] = LIF.scan
+
+    def current(self, *x_TB: Tensor) -> Tensor:
+        """Input current c_TB: one input per synapse."""
+        first, *rest = (over_time(f, x) for f, x in zip(self.synapses, x_TB, strict=True))
+        return sum(rest, start=first)
+
+    def forward(self, *x_TB: Tensor) -> Tensor:
+        """Spikes s_TB, or the current where there is no neuron."""
+        c_TB = self.current(*x_TB)
+        return c_TB if self.neuron is None else self.scan(self.neuron, c_TB)
+
+
+def weighted(synapse: nn.Module) -> tuple[list[nn.Module], nn.Conv2d | nn.Linear, list[nn.Module]]:
+    """Split a synapse into what comes before its weights, the weighted map, and what follows."""
+    parts = list(synapse) if isinstance(synapse, nn.Sequential) else [synapse]
+    for i, part in enumerate(parts):
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            return parts[:i], part, parts[i + 1 :]
+    raise TypeError(f"a synapse needs a Conv2d or Linear, this one has {parts}")
+
+
+class Network(nn.Module):
+    """A spiking network: `forward(x_TB, run) -> logits_TBK`."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """Architecture options, validated from the suite's [model] table."""
+
+    source: ClassVar[str]
+
+    def __init__(self, config: Any, shape: tuple[int, ...], classes: int, neuron: LIF) -> None:
+        super().__init__()
+        self.config, self.shape, self.classes, self.neuron = config, shape, classes, neuron
+
+    def forward(self, x_TB: Tensor, run: Run = Layer.__call__) -> Tensor:
+        """Logits of every timestep, [T, B, K]."""
+        raise NotImplementedError
+
+    def taps(self) -> list[tuple[Layer, int]]:
+        """Layers, with their width, whose spikes an auxiliary head may read; never the last."""
+        return []
+
+    def layers(self) -> dict[str, Layer]:
+        """Every layer by its name, in the order of definition."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, Layer)}

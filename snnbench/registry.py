@@ -1,0 +1,136 @@
+"""Names of methods, models, datasets and kernels, and where their code is.
+
+Names are listed, and described, without importing the code behind them: importing torch takes
+seconds.  Other distributions add theirs under the entry-point groups `snnbench.methods`,
+`snnbench.models` and `snnbench.datasets`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from snnbench import __version__
+from snnbench.errors import UsageError, WorkerError
+from snnbench.spec import did_you_mean
+
+BUILT_IN: Mapping[str, Mapping[str, str]] = {
+    "methods": {
+        "bptt": "snnbench.methods.bptt:BPTT",
+        "tet": "snnbench.methods.tet:TET",
+        "shortcut": "snnbench.methods.shortcut:Shortcut",
+        "rate": "snnbench.methods.rate:Rate",
+        "grad_scale": "snnbench.methods.grad_scale:GradScale",
+    },
+    "models": {
+        "mlp": "snnbench.models.mlp:MLP",
+        "convnet": "snnbench.models.convnet:ConvNet",
+        "vgg11": "snnbench.models.vgg:VGG11",
+        "resnet18": "snnbench.models.resnet:ResNet18",
+    },
+    "datasets": {
+        "digits": "snnbench.data.digits:Digits",
+        "cifar10": "snnbench.data.vision:CIFAR10",
+        "cifar100": "snnbench.data.vision:CIFAR100",
+    },
+    "kernels": {"reference": "snnbench.kernels.reference"},
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A name, where its code is, and which distribution brought it."""
+
+    kind: str
+    name: str
+    target: str
+    distribution: str = "snnbench"
+    version: str = __version__
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the module that holds it."""
+        return self.target.partition(":")[0]
+
+    def load(self) -> Any:
+        """Import the class, or the module for a kernel; raises WorkerError naming the culprit."""
+        module, _, attribute = self.target.partition(":")
+        try:
+            loaded = importlib.import_module(module)
+            return getattr(loaded, attribute) if attribute else loaded
+        except Exception as error:
+            raise WorkerError(
+                f"{self.kind[:-1]} '{self.name}' of {self.distribution} {self.version} cannot be "
+                f"loaded from {self.target}: {type(error).__name__}: {error}"
+            ) from error
+
+    def describe(self) -> dict[str, str]:
+        """Name, summary and source, read from the code's text without running it."""
+        summary, source = _read_docs(self.target)
+        return {
+            "name": self.name,
+            "summary": summary,
+            "source": source,
+            "distribution": self.distribution,
+            "version": self.version,
+        }
+
+
+@cache
+def components(kind: str) -> dict[str, Component]:
+    """All installed components of a kind, by name; raises UsageError if two share a name."""
+    found = {name: Component(kind, name, target) for name, target in BUILT_IN[kind].items()}
+    for point in entry_points(group=f"snnbench.{kind}"):
+        new = _component(kind, point)
+        old = found.setdefault(new.name, new)
+        if old is not new:
+            raise UsageError(
+                f"{kind[:-1]} '{new.name}' is offered by both {old.distribution} {old.version} "
+                f"and {new.distribution} {new.version}; uninstall one"
+            )
+    return found
+
+
+def find(kind: str, name: str) -> Component:
+    """The component of that name; raises UsageError with a suggestion."""
+    known = components(kind)
+    if name not in known:
+        raise UsageError(f"unknown {kind[:-1]} '{name}'{did_you_mean(name, known)}")
+    return known[name]
+
+
+def _component(kind: str, point: EntryPoint) -> Component:
+    dist = point.dist
+    name, version = (dist.name, dist.version) if dist else ("an unknown distribution", "?")
+    return Component(kind, point.name, point.value, name, version)
+
+
+def _read_docs(target: str) -> tuple[str, str]:
+    module, _, attribute = target.partition(":")
+    try:
+        spec = importlib.util.find_spec(module)
+        tree: ast.AST = ast.parse(Path(spec.origin).read_text("utf-8"))  # type: ignore[union-attr, arg-type]
+    except Exception as error:
+        return f"(cannot be read: {error})", ""
+    classes = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    node = classes.get(attribute, tree)
+    doc = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef) else None
+    return (doc or "").partition("\n")[0], _assigned_source(node, classes)
+
+
+def _assigned_source(node: ast.AST, classes: dict[str, ast.ClassDef]) -> str:
+    """The string assigned to `source` in the class, or in a base class of the same file."""
+    for item in getattr(node, "body", []):
+        if isinstance(item, ast.Assign) and [ast.unparse(t) for t in item.targets] == ["source"]:
+            return str(ast.literal_eval(item.value))
+    for base in getattr(node, "bases", []):
+        if ast.unparse(base) in classes:
+            return _assigned_source(classes[ast.unparse(base)], classes)
+    return ""

@@ -1,0 +1,272 @@
+"""A suite: TOML text -> `Suite` -> list of `RunSpec`.
+
+What a key *means* to a method, model or dataset is known to that component alone; this module
+checks the shape of the file, and `expand` takes the components' validated options as given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Len
+
+from snnbench import registry
+from snnbench.errors import SuiteError, UsageError
+from snnbench.spec import Precision, RunSpec, TrainConfig, did_you_mean, validate
+
+Names = Annotated[tuple[str, ...], Len(1)]
+KEYS = ("dataset", "model", "T", "seed", "kernel", "precision", "method")
+SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Every combination of these values is run with every method."""
+
+    dataset: Names
+    model: Names
+    T: Annotated[tuple[Annotated[int, Ge(1)], ...], Len(1)]
+    seed: Annotated[tuple[Annotated[int, Ge(0)], ...], Len(1)]
+    kernel: Names = ("auto",)
+    precision: Annotated[tuple[Precision, ...], Len(1)] = ("fp32",)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The content of a suite file."""
+
+    schema: Literal[1]
+    name: str
+    claim: str
+    axes: Axes
+    train: TrainConfig
+    method: Annotated[tuple[dict[str, Any], ...], Len(1)]
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    neuron: dict[str, Any] = field(default_factory=dict)
+    exclude: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not SUITE_NAME.fullmatch(self.name):
+            raise ValueError("name: use letters, digits, '.', '_' and '-', at most 64 of them")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, every default written out."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a suite's components, validated by them, with every default written out."""
+
+    data: Mapping[str, dict[str, Any]]
+    model: Mapping[str, dict[str, Any]]
+    neuron: dict[str, Any]
+    methods: Sequence[dict[str, Any]]
+
+
+def shipped() -> dict[str, Path]:
+    """Suites that come with snnbench, by name."""
+    installed = Path(str(files("snnbench"))) / "_suites"
+    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "suites"
+    return {
+        str(path.relative_to(folder).with_suffix("")): path
+        for path in sorted(folder.rglob("*.toml"))
+    }
+
+
+def locate(name: str) -> Path:
+    """The file of a suite given by path or by the name of a shipped one."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in shipped():
+        return shipped()[name]
+    if path.suffix == ".toml":
+        raise UsageError(f"{name}: no such file; `snnbench list suites` shows those shipped")
+    raise UsageError(f"unknown suite '{name}'{did_you_mean(name, shipped())}")
+
+
+def load(name: str, settings: Iterable[str] = ()) -> Suite:
+    """Read a suite with `key=value` settings over it; raises SuiteError, one line per mistake."""
+    path = locate(name)
+    document = _read(path, ())
+    for setting in settings:
+        _set(document, setting)
+    errors: list[str] = []
+    suite = validate(Suite, document, errors)
+    if suite is not None:
+        errors += _unknown_names(suite)
+    fail(path, errors)
+    assert suite is not None
+    return suite
+
+
+def fail(path: Path | str, errors: Sequence[str]) -> None:
+    """Raise SuiteError if there are errors, each on a line of its own that names the file."""
+    if errors:
+        raise SuiteError("\n".join(f"{path}: {e}" for e in errors))
+
+
+def method_variants(suite: Suite) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every method with one value per hyper-parameter, and its key path in the file."""
+    for i, entry in enumerate(suite.method):
+        options = {k: v if isinstance(v, list) else [v] for k, v in entry.items() if k != "name"}
+        for values in itertools.product(*options.values()):
+            variant = {"name": entry["name"], **dict(zip(options, values, strict=True))}
+            yield f"method[{i}] ({entry['name']})", variant
+
+
+def expand(suite: Suite, options: Options) -> list[RunSpec]:
+    """All runs of the suite. Seeds turn slowest and methods fastest, so that an unfinished suite
+    holds comparable cells, and slow drift of the machine hits all methods alike.
+    """
+    a = suite.axes
+    specs = [
+        RunSpec(
+            dataset=dataset,
+            data=options.data[dataset],
+            model=model,
+            model_options=options.model[model],
+            method=method["name"],
+            method_config={k: v for k, v in method.items() if k != "name"},
+            neuron=options.neuron,
+            T=T,
+            seed=seed,
+            train=suite.train,
+            kernel=kernel,
+            precision=precision,
+        )
+        for seed, dataset, model, T, kernel, precision, method in itertools.product(
+            a.seed, a.dataset, a.model, a.T, a.kernel, a.precision, options.methods
+        )
+    ]
+    specs = [s for s in specs if not any(matches(s, rule) for rule in suite.exclude)]
+    if not specs:
+        raise SuiteError(f"suite '{suite.name}': 'exclude' leaves no run")
+    if len({s.run_id for s in specs}) < len(specs):
+        raise SuiteError(f"suite '{suite.name}': the same run stands in it twice; look for a "
+                         "repeated value in [axes] or a repeated [[method]]")
+    return specs
+
+
+def matches(spec: RunSpec, rule: Mapping[str, Any]) -> bool:
+    """Whether a run has all the values of a rule; a list means any of its values."""
+    return all(
+        getattr(spec, key) in (value if isinstance(value, list) else [value])
+        for key, value in rule.items()
+    )
+
+
+def parse_only(rules: Iterable[str]) -> dict[str, list[Any]]:
+    """`method=tet,T=4` -> {"method": ["tet"], "T": [4]}; a repeated key means any of its values."""
+    wanted: dict[str, list[Any]] = {}
+    for rule in itertools.chain.from_iterable(r.split(",") for r in rules):
+        key, equals, value = (part.strip() for part in rule.partition("="))
+        if not equals or key not in KEYS:
+            raise UsageError(f"--only {rule}: write key=value; the keys are {', '.join(KEYS)}")
+        wanted.setdefault(key, []).append(_value(value))
+    return wanted
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The document, laid over the one it extends."""
+    if path.resolve() in seen:
+        raise SuiteError(f"{path}: 'extends' goes round in a circle")
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise SuiteError(f"{path}: not valid TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise SuiteError(f"{path}: not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise SuiteError(f"{path}: cannot be read: {error.strerror}") from error
+    parent = document.pop("extends", None)
+    if parent is None:
+        return document
+    if not isinstance(parent, str):
+        raise SuiteError(f"{path}: extends = {parent!r}: name one suite or file")
+    beside = path.parent / parent
+    try:
+        base = beside if beside.is_file() else locate(parent)
+    except UsageError as error:
+        raise SuiteError(f"{path}: extends: {error}") from error
+    return _merge(_read(base, (*seen, path.resolve())), document)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables are laid over each other key by key, everything else is replaced."""
+    for key, value in over.items():
+        old = base.get(key)
+        both_tables = isinstance(old, dict) and isinstance(value, dict)
+        base[key] = _merge(old, value) if both_tables else value  # type: ignore[arg-type]
+    # One budget replaces the other.
+    for this, other in (("epochs", "steps"), ("steps", "epochs")):
+        if this in over and other not in over:
+            base.pop(other, None)
+    return base
+
+
+def _set(document: dict[str, Any], setting: str) -> None:
+    """Apply one `key.path=value`; `method.NAME.key` addresses a method by its name."""
+    key, equals, text = setting.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UsageError(f"--set {setting}: write key=value, as in --set train.epochs=5")
+    target: Any = document
+    if path[0] == "method" and len(path) == 3:
+        entries = [m for m in document.get("method", []) if isinstance(m, dict)]
+        named = [m for m in entries if m.get("name") == path[1]]
+        if not named:
+            names = (str(m.get("name")) for m in entries)
+            raise UsageError(f"--set {setting}: no such method{did_you_mean(path[1], names)}")
+        for entry in named:
+            entry[path[2]] = _value(text)
+        return
+    for part in path[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise UsageError(f"--set {setting}: '{part}' is no table")
+    _merge(target, {path[-1]: _value(text)})
+
+
+def _value(text: str) -> Any:
+    """A TOML value; bare words count as strings, since shells eat quotes."""
+    text = text.strip()
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        pass
+    if text.startswith("[") and text.endswith("]"):
+        return [_value(part) for part in text[1:-1].split(",") if part.strip()]
+    return text
+
+
+def _unknown_names(suite: Suite) -> list[str]:
+    """Names of methods, models, datasets and kernels that are not installed; odd rules."""
+    errors = []
+    for i, entry in enumerate(suite.method):
+        if not isinstance(entry.get("name"), str):
+            errors.append(f"method[{i}].name: missing; give the name of a method")
+    wanted = [(f"axes.{kind}", f"{kind}s", getattr(suite.axes, kind))
+              for kind in ("dataset", "model", "kernel")]
+    wanted.append(("method", "methods", [m["name"] for m in suite.method if "name" in m]))
+    for key, kind, names in wanted:
+        for name in names:
+            known = {*registry.components(kind), *(["auto"] if kind == "kernels" else [])}
+            if name not in known:
+                errors.append(f"{key} = {json.dumps(name)}: unknown {kind[:-1]}"
+                              f"{did_you_mean(str(name), known)}")
+    for i, rule in enumerate(suite.exclude):
+        for key in rule:
+            if key not in KEYS:
+                errors.append(f"exclude[{i}].{key}: unknown key{did_you_mean(key, KEYS)}")
+    return errors
