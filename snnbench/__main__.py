@@ -1,3 +1,5 @@
+"""`python -m snnbench`."""
+
 from snnbench.cli import main
 
 if __name__ == "__main__":

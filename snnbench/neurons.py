@@ -24,7 +24,7 @@ from torch import Tensor
 Positive: TypeAlias = Annotated[float, Gt(0)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Triangle:
     """h(u) = max(0, width - |u|) / width^2: area 1, support 2 * width (TET, section 3.1)."""
 
@@ -36,7 +36,7 @@ class Triangle:
         return (self.width - u.abs()).clamp_min(0) / self.width**2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rectangle:
     """h(u) = 1 / width where |u| < width / 2, else 0: area 1 (STBP, eq. 24)."""
 
@@ -48,7 +48,7 @@ class Rectangle:
         return (u.abs() < self.width / 2).to(u.dtype) / self.width
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sigmoid:
     """h(u) = slope * q * (1 - q), q = sigmoid(slope * u): area 1, peak slope / 4."""
 
@@ -61,7 +61,7 @@ class Sigmoid:
         return self.slope * q * (1 - q)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ATan:
     """h(u) = slope / 2 / (1 + (pi/2 * slope * u)^2): area 1, peak slope / 2 (PLIF, section 4)."""
 
@@ -138,6 +138,7 @@ class LIF:
 
     def step(self, c: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One timestep from membrane v (None: at rest): spikes, v before reset, v after reset."""
+        c = wide(c)
         v_pre = c if v is None else self.decay * v + c
         s = self.fire(v_pre)
         return s, v_pre, self.after_reset(v_pre, s)
@@ -150,4 +151,10 @@ class LIF:
             s, _, v = self.step(c, v)
             s_T.append(s)
         # cat, not stack: it keeps the channels_last layout of the slices.
-        return torch.cat(s_T).unflatten(0, c_TB.shape[:2])
+        s_TB: Tensor = torch.cat(s_T).to(c_TB.dtype).unflatten(0, c_TB.shape[:2])
+        return s_TB
+
+
+def wide(c: Tensor) -> Tensor:
+    """The current in at least fp32: membranes are never held in half precision."""
+    return c.float() if c.dtype in (torch.float16, torch.bfloat16) else c

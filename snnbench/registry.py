@@ -1,4 +1,4 @@
-"""Names of methods, models, datasets and kernels, and where their code is.
+"""Names of methods, models, datasets and kernels, where their code is, and its hash.
 
 Names are listed, and described, without importing the code behind them: importing torch takes
 seconds.  Other distributions add theirs under the entry-point groups `snnbench.methods`,
@@ -19,7 +19,7 @@ from typing import Any
 
 from snnbench import __version__
 from snnbench.errors import UsageError, WorkerError
-from snnbench.spec import did_you_mean
+from snnbench.spec import did_you_mean, digest
 
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "methods": {
@@ -42,6 +42,10 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     },
     "kernels": {"reference": "snnbench.kernels.reference"},
 }
+
+
+# Rooms whose code decides a number; a change in them makes earlier results stale.
+NUMERIC = ("neurons", "spec", "train", "worker", "data", "kernels", "measure", "methods", "models")
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,16 @@ def find(kind: str, name: str) -> Component:
     if name not in known:
         raise UsageError(f"unknown {kind[:-1]} '{name}'{did_you_mean(name, known)}")
     return known[name]
+
+
+@cache
+def source_hash() -> str:
+    """Hash of this package's code that computes numbers."""
+    package = Path(__file__).parent
+    rooms = (package / room for room in NUMERIC)
+    files = [f for r in rooms for f in (sorted(r.rglob("*.py")) or [r.with_suffix(".py")])]
+    parts = (part for f in files for part in (f.name, f.read_bytes()))
+    return digest(*parts)[:16]
 
 
 def _component(kind: str, point: EntryPoint) -> Component:

@@ -115,9 +115,7 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f"; it can be: {', '.join(options)}" if options else ""
 
 
-def validate(
-    cls: type[Config], values: Any, errors: list[str], path: str = ""
-) -> Config | None:
+def validate(cls: type[Config], values: Any, errors: list[str], path: str = "") -> Config | None:
     """Build the dataclass from plain data; on failure append one line an error and give None.
 
     Types are not coerced, unknown keys are refused, and each line names the key path and value.
@@ -151,9 +149,7 @@ def _dataclasses(cls: Any) -> list[Any]:
     return found
 
 
-def _explain(
-    cls: Any, kind: str, msg: str, loc: Sequence[int | str], value: Any, path: str
-) -> str:
+def _explain(cls: Any, kind: str, msg: str, loc: Sequence[int | str], value: Any, path: str) -> str:
     where = path + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc)
     where = where.lstrip(".") or "the file"
     if kind == "unexpected_keyword_argument":

@@ -279,4 +279,3 @@ def suite_folders(results: Path) -> list[SuiteFolder]:
     found = [SuiteFolder(p) for p in results.iterdir()] if results.is_dir() else []
     found = [f for f in found if f.runs_csv.is_file()]
     return sorted(found, key=lambda f: f.runs_csv.stat().st_mtime)
-

@@ -83,6 +83,11 @@ def shipped() -> dict[str, Path]:
     }
 
 
+def claim_of(path: Path) -> str:
+    """The claim of a suite file, for lists."""
+    return str(_read(path, ()).get("claim", ""))
+
+
 def locate(name: str) -> Path:
     """The file of a suite given by path or by the name of a shipped one."""
     path = Path(name)
@@ -153,8 +158,10 @@ def expand(suite: Suite, options: Options) -> list[RunSpec]:
     if not specs:
         raise SuiteError(f"suite '{suite.name}': 'exclude' leaves no run")
     if len({s.run_id for s in specs}) < len(specs):
-        raise SuiteError(f"suite '{suite.name}': the same run stands in it twice; look for a "
-                         "repeated value in [axes] or a repeated [[method]]")
+        raise SuiteError(
+            f"suite '{suite.name}': the same run stands in it twice; look for a "
+            "repeated value in [axes] or a repeated [[method]]"
+        )
     return specs
 
 
@@ -256,15 +263,19 @@ def _unknown_names(suite: Suite) -> list[str]:
     for i, entry in enumerate(suite.method):
         if not isinstance(entry.get("name"), str):
             errors.append(f"method[{i}].name: missing; give the name of a method")
-    wanted = [(f"axes.{kind}", f"{kind}s", getattr(suite.axes, kind))
-              for kind in ("dataset", "model", "kernel")]
+    wanted = [
+        (f"axes.{kind}", f"{kind}s", getattr(suite.axes, kind))
+        for kind in ("dataset", "model", "kernel")
+    ]
     wanted.append(("method", "methods", [m["name"] for m in suite.method if "name" in m]))
     for key, kind, names in wanted:
         for name in names:
             known = {*registry.components(kind), *(["auto"] if kind == "kernels" else [])}
             if name not in known:
-                errors.append(f"{key} = {json.dumps(name)}: unknown {kind[:-1]}"
-                              f"{did_you_mean(str(name), known)}")
+                errors.append(
+                    f"{key} = {json.dumps(name)}: unknown {kind[:-1]}"
+                    f"{did_you_mean(str(name), known)}"
+                )
     for i, rule in enumerate(suite.exclude):
         for key in rule:
             if key not in KEYS:

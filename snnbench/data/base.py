@@ -76,7 +76,7 @@ class Dataset:
     source: ClassVar[str]
 
     def __init__(self, config: Any = None) -> None:
-        self.config = self.Config() if config is None else config
+        self.config: Any = self.Config() if config is None else config
 
     def load(self, root: Path, allow_unverified: bool) -> Data:
         """Read it; raises DataError if it is missing, damaged or not what it claims to be."""

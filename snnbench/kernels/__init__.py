@@ -1,0 +1,1 @@
+"""Interchangeable implementations of the neuron's scan over time."""

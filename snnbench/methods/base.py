@@ -29,7 +29,7 @@ class Method:
     bptt_limit: ClassVar[tuple[dict[str, Any], int | None]] = ({}, None)
 
     def __init__(self, config: Any = None) -> None:
-        self.config = self.Config() if config is None else config
+        self.config: Any = self.Config() if config is None else config
 
     def supports(self, net: Network, T: int) -> str | None:
         """Why this method makes no sense for the network and T; None if it does."""
@@ -69,5 +69,5 @@ class Method:
 
         logits_TBK = self.readout(net(x_TB, run), progress)
         loss = self.loss(logits_TBK, target, progress)
-        (self.loss_scale(len(x_TB)) * loss).backward()  # type: ignore[no-untyped-call]
+        (self.loss_scale(len(x_TB)) * loss).backward()
         return loss.detach()

@@ -10,6 +10,6 @@ from snnbench.methods.base import Method
 
 
 class BPTT(Method):
-    """Every default of `Method`."""
+    """Back-propagation through time, the baseline: every default of `Method`."""
 
     source = "Wu et al. 2018 (STBP), Front. Neurosci. 12:331"

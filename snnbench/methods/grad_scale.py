@@ -36,7 +36,7 @@ TRACE_DECAY = exp(-1)
 
 
 class GradScale(Method):
-    """Overrides run."""
+    """Weight gradients scaled by pre- and post-synaptic spike traces; overrides run."""
 
     @dataclass(frozen=True)
     class Config:
@@ -53,7 +53,7 @@ class GradScale(Method):
             return layer(*x_TB)  # type: ignore[no-any-return]
         post = _Post()
         c_TB = [
-            self._synapse(f, x, post) if x.requires_grad else over_time(f, x)
+            self._synapse(f, x, post) if x.requires_grad and has_weights(f) else over_time(f, x)
             for f, x in zip(layer.synapses, x_TB, strict=True)
         ]
         s_TB = layer.scan(layer.neuron, sum(c_TB[1:], start=c_TB[0]))
@@ -66,7 +66,7 @@ class GradScale(Method):
             x_TB = over_time(part, x_TB)
         c_TB: Tensor = _ScaledWeight.apply(x_TB, op.weight, op, post, self.config.alpha)
         if op.bias is not None:
-            c_TB = c_TB + op.bias.view(-1, *(1 for _ in c_TB.shape[3:]))
+            c_TB = c_TB + op.bias.to(c_TB.dtype).view(-1, *(1 for _ in c_TB.shape[3:]))
         for part in after:
             c_TB = over_time(part, c_TB)
         return c_TB
@@ -85,9 +85,10 @@ class _ScaledWeight(torch.autograd.Function):
     def forward(
         ctx: Any, x_TB: Tensor, weight: Tensor, op: nn.Module, post: _Post, alpha: float
     ) -> Tensor:
-        ctx.save_for_backward(x_TB, weight)
+        c_TB = over_time(lambda x: _apply(op, x, weight), x_TB)
+        ctx.save_for_backward(x_TB.to(c_TB.dtype), weight)  # autocast decides the dtype
         ctx.op, ctx.post, ctx.alpha = op, post, alpha
-        return over_time(lambda x: _apply(op, x, weight), x_TB)
+        return c_TB
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
@@ -95,13 +96,19 @@ class _ScaledWeight(torch.autograd.Function):
         (g_TB,) = grads
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_grad(ctx.op, x_TB, weight, g_TB)
-        pairs = zip(x_TB, g_TB, traces(x_TB), traces(ctx.post.s_TB), strict=True)
+            grad_x = _input_grad(ctx.op, x_TB, weight.to(g_TB.dtype), g_TB)
+        post_TB = ctx.post.s_TB.to(x_TB.dtype)
+        pairs = zip(x_TB, g_TB, traces(x_TB), traces(post_TB), strict=True)
         grad_w = torch.zeros_like(weight)
         for x, g, pre, post in pairs:
             scale = gradient_scale(weight_grad(ctx.op, pre, post), ctx.alpha)
             grad_w += weight_grad(ctx.op, x, g) * scale
         return grad_x, grad_w, None, None, None
+
+
+def has_weights(synapse: nn.Module) -> bool:
+    """Whether the synapse has weights to scale the gradient of; an identity shortcut has none."""
+    return any(isinstance(m, nn.Conv2d | nn.Linear) for m in synapse.modules())
 
 
 def traces(s_TB: Tensor) -> Iterator[Tensor]:
@@ -121,10 +128,11 @@ def gradient_scale(coincidence: Tensor, alpha: float) -> Tensor:
 def weight_grad(op: nn.Module, x_B: Tensor, g_B: Tensor) -> Tensor:
     """Gradient of the weights for input x_B and output gradient g_B, summed over the batch."""
     if isinstance(op, nn.Conv2d):
-        return conv2d_weight(  # type: ignore[no-any-return, no-untyped-call]
+        return conv2d_weight(  # type: ignore[no-any-return]
             x_B, op.weight.shape, g_B, op.stride, op.padding, op.dilation, op.groups
         )
-    return g_B.flatten(0, -2).T @ x_B.flatten(0, -2)
+    grad: Tensor = g_B.flatten(0, -2).T @ x_B.flatten(0, -2)
+    return grad
 
 
 def _apply(op: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -134,11 +142,11 @@ def _apply(op: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _input_grad(op: nn.Module, x_TB: Tensor, weight: Tensor, g_TB: Tensor) -> Tensor:
-    if isinstance(op, nn.Conv2d):
-        shape = x_TB.flatten(0, 1).shape
-        g = g_TB.flatten(0, 1)
-        grad: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
-            shape, weight, g, op.stride, op.padding, op.dilation, op.groups
-        )
-        return grad.unflatten(0, x_TB.shape[:2])
-    return g_TB @ weight
+    grad: Tensor
+    if not isinstance(op, nn.Conv2d):
+        grad = g_TB @ weight
+        return grad
+    shape, g = x_TB.flatten(0, 1).shape, g_TB.flatten(0, 1)
+    grad = conv2d_input(shape, weight, g, op.stride, op.padding, op.dilation, op.groups)
+    grad = grad.unflatten(0, x_TB.shape[:2])
+    return grad

@@ -1,9 +1,9 @@
-"""Rate-based backpropagation: the spikes of all timesteps forward, one pass on their means backward.
+"""Rate-based backpropagation: spikes of all timesteps forward, their time-means backward.
 
 Forward, per layer and without autograd, with kappa_t = dv_pre[t+1] / dv_pre[t]:
 
-    rho_1 = 1,   rho_t = 1 + kappa_{t-1} rho_{t-1}          sensitivity of v_pre[t] to all currents
-    elig  = 1/T sum_t h(v_pre[t]) rho_t                     sensitivity of the mean rate to the mean current
+    rho_1 = 1,  rho_t = 1 + kappa_{t-1} rho_{t-1}    sensitivity of v_pre[t] to the currents
+    elig  = 1/T sum_t h(v_pre[t]) rho_t              sensitivity of the rate to the mean current
 
 Backward: dL/dc = dL/dr * elig on time-means r and c; convolution, linear map and average pooling
 act on means exactly; BatchNorm has the values of the spikes' statistics and the Jacobian of the
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from snnbench.methods.base import Method
-from snnbench.models.layer import Layer, over_time
-from snnbench.neurons import LIF
+from snnbench.models.layer import Layer, Network, over_time
+from snnbench.neurons import LIF, wide
 
 
 class Rate(Method):
-    """Overrides run, and scales the loss."""
+    """Spikes forward, mean rates backward: memory flat in T; overrides run, loss_scale."""
 
     @dataclass(frozen=True)
     class Config:
@@ -41,6 +41,11 @@ class Rate(Method):
 
     source = "Yu et al. 2024 (rate-based backpropagation), NeurIPS, arXiv 2410.11488"
     bptt_limit = ({"loss_scale": "1"}, 1)
+
+    def supports(self, net: Network, T: int) -> str | None:
+        """The maximum of means is not the mean of maxima: max pooling has no rate."""
+        pools = any(isinstance(m, nn.MaxPool2d | nn.AdaptiveMaxPool2d) for m in net.modules())
+        return "max pooling does not commute with the mean over time" if pools else None
 
     def loss_scale(self, T: int) -> float:
         """Factor on all gradients."""
@@ -60,14 +65,14 @@ class Rate(Method):
 
 def straight_through(value_TB: Tensor, rate_B: Tensor) -> Tensor:
     """Value of `value_TB`; its time-mean has the gradient of `rate_B`."""
-    return value_TB + (rate_B - rate_B.detach())
+    return value_TB + (rate_B - rate_B.detach()).to(value_TB.dtype)
 
 
 @torch.no_grad()
 def spikes_and_eligibility(neuron: LIF, c_TB: Tensor) -> tuple[Tensor, Tensor]:
     """Spikes s_TB of the current c_TB, and the eligibility elig [B, ...]."""
     v: Tensor | None = None
-    rho = torch.ones_like(c_TB[0])
+    rho = torch.ones_like(wide(c_TB[0]))
     elig = torch.zeros_like(rho)
     s_T = []
     for c in c_TB:
@@ -75,7 +80,8 @@ def spikes_and_eligibility(neuron: LIF, c_TB: Tensor) -> tuple[Tensor, Tensor]:
         elig += neuron.fire_grad(v_pre) * rho
         rho = 1 + neuron.carry(v_pre, s) * rho
         s_T.append(s)
-    return torch.cat(s_T).unflatten(0, c_TB.shape[:2]), elig / len(s_T)
+    s_TB = torch.cat(s_T).to(c_TB.dtype).unflatten(0, c_TB.shape[:2])
+    return s_TB, elig / len(s_T)
 
 
 def rate_synapse(synapse: nn.Module, x_TB: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,16 +98,12 @@ def rate_synapse(synapse: nn.Module, x_TB: Tensor) -> tuple[Tensor, Tensor]:
     return value_TB, rate_B
 
 
-def rate_batch_norm(
-    bn: nn.BatchNorm1d | nn.BatchNorm2d, c_TB: Tensor, c_B: Tensor
-) -> Tensor:
+def rate_batch_norm(bn: nn.BatchNorm1d | nn.BatchNorm2d, c_TB: Tensor, c_B: Tensor) -> Tensor:
     """BatchNorm of mean currents: values of the spikes' statistics, Jacobian of the means'."""
     per_channel = [1, -1] + [1] * (c_B.dim() - 2)
     dims = [d for d in range(c_B.dim()) if d != 1]
     with torch.no_grad():
-        var_TB, mean_TB = torch.var_mean(
-            c_TB.flatten(0, 1), dims, correction=0, keepdim=True
-        )
+        var_TB, mean_TB = torch.var_mean(c_TB.flatten(0, 1), dims, correction=0, keepdim=True)
     mean = c_B.mean(dims, keepdim=True)
     centred = c_B - (mean_TB + (mean - mean.detach()))
     var = centred.square().mean(dims, keepdim=True)

@@ -1,6 +1,6 @@
-"""Shortcut back-propagation: a linear head on every stage, whose logits are added to the output.
+"""Shortcut back-propagation: linear heads on the stages add their logits to the output.
 
-    O = b_n + lambda * sum_{l<n} b_l,    b_l = FC_l(GlobalAvgPool(s_l)),    L = CE(1/T sum_t O(t), y)
+    O = b_n + lambda * sum_{l<n} b_l,  b_l = FC_l(GlobalAvgPool(s_l)),  L = CE(1/T sum_t O(t), y)
 
 The *logits* are summed and one loss is taken; it is no sum of auxiliary losses.  Each tapped stage
 so receives the output error directly.  The heads are gone at inference.
@@ -25,7 +25,7 @@ from snnbench.models.layer import Layer, Network, over_time
 
 
 class Shortcut(Method):
-    """Overrides prepare, observe and readout."""
+    """Linear heads on inner stages added to the output; overrides prepare, observe, readout."""
 
     @dataclass(frozen=True)
     class Config:

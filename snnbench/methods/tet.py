@@ -20,7 +20,7 @@ from snnbench.methods.base import Method
 
 
 class TET(Method):
-    """Overrides the loss."""
+    """A cross-entropy at every timestep, and a regulariser; overrides loss."""
 
     @dataclass(frozen=True)
     class Config:
@@ -36,5 +36,6 @@ class TET(Method):
         """Mean over timesteps of the cross-entropy, and the regulariser."""
         every_t = target.repeat(len(logits_TBK), *(1 for _ in target.shape[1:]))
         ce = F.cross_entropy(logits_TBK.flatten(0, 1), every_t)
-        mse = (logits_TBK - self.config.phi).square().mean()
-        return (1 - self.config.lamb) * ce + self.config.lamb * mse
+        mse = (logits_TBK - float(self.config.phi)).square().mean()
+        lamb: float = self.config.lamb
+        return (1 - lamb) * ce + lamb * mse

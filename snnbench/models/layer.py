@@ -20,7 +20,8 @@ Run = Callable[..., Tensor]
 
 def over_time(module: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
     """Apply a stateless module to all timesteps at once: [T, B, ...] -> [T, B, ...]."""
-    return module(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
+    out_TB: Tensor = module(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
+    return out_TB
 
 
 class Layer(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Annotated, Any
 
@@ -28,10 +29,11 @@ class MLP(Network):
     def __init__(self, config: Any, shape: tuple[int, ...], classes: int, neuron: LIF) -> None:
         super().__init__(config, shape, classes, neuron)
         sizes = [prod(shape)] + [config.hidden] * config.depth
-        self.hidden = nn.ModuleList(
+        self._hidden = [
             Layer(nn.Sequential(nn.Flatten(), nn.Linear(i, o)), neuron=neuron)
-            for i, o in zip(sizes, sizes[1:], strict=False)
-        )
+            for i, o in pairwise(sizes)
+        ]
+        self.hidden = nn.ModuleList(self._hidden)
         self.readout = Layer(nn.Linear(config.hidden, classes), neuron=None)
 
     def forward(self, x_TB: Tensor, run: Run = Layer.__call__) -> Tensor:
@@ -42,4 +44,4 @@ class MLP(Network):
 
     def taps(self) -> list[tuple[Layer, int]]:
         """Every hidden layer but the last."""
-        return [(layer, self.config.hidden) for layer in list(self.hidden)[:-1]]
+        return [(layer, self.config.hidden) for layer in self._hidden[:-1]]

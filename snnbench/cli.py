@@ -1,0 +1,345 @@
+"""The command line: parse, call one function, render. Nothing is imported before it is used."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+
+from snnbench import __version__
+from snnbench.errors import ExitCode, SnnbenchError
+
+app = typer.Typer(
+    name="snnbench",
+    help="Compare training methods for spiking neural networks: everything equal but the method.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 ok, 1 runs failed, 2 usage, 3 suite, 4 data, 5 results folder, "
+    "6 worker, 70 bug, 130 interrupted.",
+)
+data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+class Format(StrEnum):
+    """How a report is written."""
+
+    terminal = "terminal"
+    md = "md"
+    csv = "csv"
+    json = "json"
+
+
+class What(StrEnum):
+    """What can be listed."""
+
+    methods = "methods"
+    models = "models"
+    datasets = "datasets"
+    kernels = "kernels"
+    suites = "suites"
+
+
+SuiteArgument = Annotated[str, typer.Argument(help="A suite file, or the name of a shipped suite.")]
+Results = Annotated[
+    Path, typer.Option("--results", envvar="SNNBENCH_RESULTS", help="Folder of all results.")
+]
+DataRoot = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option("--data-root", envvar="SNNBENCH_DATA", help="Folder of the datasets."),
+]
+Set = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as train.epochs=5."),
+]
+Only = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--only", metavar="KEY=VALUE", help="Only these runs, as method=tet,T=4."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"snnbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["SNNBENCH_DEBUG"] = "1"
+
+
+@app.command()
+def run(
+    suite: SuiteArgument,
+    set_: Set = None,
+    only: Only = None,
+    redo: Annotated[
+        bool, typer.Option(help="Do runs again that are done; the old are kept.")
+    ] = False,
+    retry_failed: Annotated[bool, typer.Option(help="Do failed runs again.")] = False,
+    fail_fast: Annotated[bool, typer.Option(help="Stop after the first failure.")] = False,
+    results: Results = Path("results"),
+    data_root: DataRoot = None,
+    allow_unverified_data: Annotated[
+        bool,
+        typer.Option(
+            help="Use copies of data that are not the official bytes. Reading one can "
+            "run code in it: allow only what you trust."
+        ),
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Warnings and failures only.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Do what is missing of a suite."""
+    from snnbench import console, runner
+    from snnbench import suite as suites
+
+    choice = runner.Choice(suites.parse_only(only or ()), redo, retry_failed)
+    loaded, specs = runner.specs_of(suite, set_ or [])
+    plan = runner.make_plan(loaded, specs, results, choice)
+    if not plan.runs:
+        console.say(f"no run of '{loaded.name}' fits --only; `snnbench plan {suite}` prints all")
+        raise typer.Exit(ExitCode.USAGE)
+    context = {
+        "data_root": str(_data_root(data_root)),
+        "allow_unverified_data": allow_unverified_data,
+        "device": _device(device),
+    }
+    lively = sys.stderr.isatty() and not quiet
+    listener = console.Bars() if lively else console.Lines(quiet)
+    with listener:
+        outcome = runner.run(plan, context, listener, fail_fast)
+    if as_json:
+        console.print_json(
+            {
+                "suite": loaded.name,
+                "results": str(plan.folder.path),
+                "runs": outcome.counts,
+                "interrupted": outcome.interrupted,
+            }
+        )
+    where = "" if results == Path("results") else f" --results {results}"
+    if outcome.interrupted:
+        console.say("interrupted; what was done stays done")
+        _next(quiet, f"snnbench run {suite}")
+        raise typer.Exit(ExitCode.INTERRUPTED)
+    if outcome.failed:
+        console.say(f"{outcome.failed} runs failed")
+        _next(quiet, f"snnbench run {suite}{where} --retry-failed")
+        raise typer.Exit(ExitCode.RUNS_FAILED)
+    _next(quiet, f"snnbench report {loaded.name}{where} --format md")
+
+
+@app.command()
+def plan(
+    suite: SuiteArgument,
+    set_: Set = None,
+    only: Only = None,
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Print every run of a suite, done or missing, and how long the rest may take."""
+    from snnbench import console, runner
+    from snnbench import suite as suites
+
+    loaded, specs = runner.specs_of(suite, set_ or [])
+    planned = runner.make_plan(loaded, specs, results, runner.Choice(suites.parse_only(only or ())))
+    if as_json:
+        console.print_json(planned.to_json())
+        return
+    console.print_plan(planned)
+    time = console.duration(planned.estimate_s)
+    console.say(
+        f"{len(planned.runs)} runs, {len(planned.todo)} to do"
+        + (f", about {time} on this machine" if time and planned.todo else "")
+    )
+    console.hint(f"snnbench run {suite}" if planned.todo else f"snnbench report {loaded.name}")
+
+
+@app.command()
+def report(
+    what: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[SUITE or FOLDER]", help="Default: the suite run last."),
+    ] = None,
+    format_: Annotated[
+        Format, typer.Option("--format", "-f", help="How to write it.")
+    ] = Format.terminal,
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Print the table of a suite's results."""
+    from snnbench import console
+    from snnbench.report import content, data, markdown
+
+    folder = _results_of(what, results)
+    built = content.build(folder)
+    if as_json or format_ is Format.json:
+        console.print_data(data.to_json(built))
+    elif format_ is Format.csv:
+        console.print_data(data.to_csv(built))
+    elif format_ is Format.md:
+        console.print_data(markdown.render(built))
+    else:
+        console.print_report(built, content.LEGEND)
+        console.hint("snnbench report --format md, or snnbench show RUN_ID")
+
+
+@app.command("list")
+def list_(what: What, as_json: Json = False) -> None:
+    """List methods, models, datasets, kernels or shipped suites."""
+    from snnbench import registry
+
+    if what is What.suites:
+        from snnbench import suite as suites
+
+        rows = [{"name": n, "claim": suites.claim_of(p)} for n, p in suites.shipped().items()]
+    else:
+        rows = [c.describe() for c in registry.components(what.value).values()]
+    from snnbench import console
+
+    if as_json:
+        console.print_json({what.value: rows})
+        return
+    columns = [c for c in rows[0] if c not in ("distribution", "version")]
+    wrap = [c for c in columns if c != "name"]
+    console.print_table(columns, [[r[c] for c in columns] for r in rows], wrap=wrap)
+
+
+@app.command()
+def show(run_id: str, results: Results = Path("results"), as_json: Json = False) -> None:
+    """Print everything known of one run; the beginning of its id is enough."""
+    from snnbench import console, runner
+
+    suite_folder, folder = runner.find_run(results, run_id)
+    details = runner.run_details(folder)
+    if as_json:
+        console.print_json(details)
+        return
+    console.print_run(details)
+    console.hint(f"snnbench report {suite_folder.path.name}; the log is {folder.log}")
+
+
+@app.command()
+def check(suite: SuiteArgument, set_: Set = None, as_json: Json = False) -> None:
+    """Check a suite without running it."""
+    from snnbench import console, runner
+
+    loaded, specs = runner.specs_of(suite, set_ or [])
+    if as_json:
+        console.print_json({"suite": loaded.name, "ok": True, "runs": len(specs)})
+        return
+    console.say(f"{suite}: ok, {len(specs)} runs")
+    console.hint(f"snnbench plan {suite}")
+
+
+@data_app.command()
+def fetch(name: str, data_root: DataRoot = None) -> None:
+    """Download a dataset."""
+    from snnbench import console, registry
+
+    dataset = registry.find("datasets", name).load()
+    console.say(dataset().fetch(_data_root(data_root)))
+
+
+def _next(quiet: bool, command: str) -> None:
+    if not quiet:
+        from snnbench import console
+
+        console.hint(command)
+
+
+def _data_root(given: Path | None) -> Path:
+    from platformdirs import user_cache_dir
+
+    return given if given is not None else Path(user_cache_dir("snnbench")) / "data"
+
+
+def _device(name: str) -> str:
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise typer.BadParameter(f"--device {name}: it can be auto, cpu, cuda or cuda:N")
+    return name
+
+
+def _results_of(what: str | None, results: Path) -> Any:
+    """The folder of a suite's results, given by path, by name, or by nothing: the last one."""
+    from snnbench.errors import ResultsError
+    from snnbench.spec import did_you_mean
+    from snnbench.store import SuiteFolder, suite_folders
+
+    known = suite_folders(results)
+    if what is None:
+        if not known:
+            raise ResultsError(f"{results}: no results yet; begin with `snnbench run smoke`")
+        return known[-1]
+    name = Path(what).stem if what.endswith(".toml") else what
+    for path in (Path(what), results / name):
+        if (path / "runs.csv").is_file():
+            return SuiteFolder(path)
+    raise ResultsError(
+        f"no results of '{what}' in {results}{did_you_mean(name, [f.path.name for f in known])}"
+    )
+
+
+class _CtrlC(BaseException):
+    """Ctrl-C outside of a run; typer would end a KeyboardInterrupt with its own exit code."""
+
+
+def _ctrl_c(*_: object) -> None:
+    raise _CtrlC
+
+
+def main() -> NoReturn:
+    """Run the command line; every error is one clear line each and a documented exit code."""
+    signal.signal(signal.SIGINT, _ctrl_c)
+    code: int = ExitCode.OK
+    try:
+        app()
+    except _CtrlC:
+        code = ExitCode.INTERRUPTED
+    except SnnbenchError as error:
+        code = _explain(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader, such as `head`, has gone
+    except Exception as error:
+        code = _bug(error)
+    sys.exit(code)
+
+
+def _explain(error: SnnbenchError) -> int:
+    if os.environ.get("SNNBENCH_DEBUG"):
+        raise error
+    for line in str(error).splitlines():
+        typer.echo(f"error: {line}", err=True)
+    return error.exit_code
+
+
+def _bug(error: Exception) -> int:
+    if os.environ.get("SNNBENCH_DEBUG"):
+        raise error
+    typer.echo(
+        f"error: this is a bug in snnbench: {type(error).__name__}: {error}; run it again "
+        "with `snnbench --debug ...` and report the traceback",
+        err=True,
+    )
+    return ExitCode.INTERNAL

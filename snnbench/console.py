@@ -1,0 +1,245 @@
+"""The terminal: tables and live progress. Data goes to stdout, words go to stderr.
+
+The only module that imports rich.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeRemainingColumn as Remaining
+from rich.table import Table
+
+from snnbench.store import FAILURES
+
+if TYPE_CHECKING:  # they import pandas, which takes half a second
+    from snnbench.report.content import Report
+    from snnbench.runner import Plan, Planned
+
+COLOURS = {"done": "green", "running": "blue", "missing": "dim", "interrupted": "yellow",
+           "skipped": "yellow"} | dict.fromkeys(FAILURES, "red")  # fmt: skip
+
+
+def print_data(text: str) -> None:
+    """Plain text to stdout."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def print_json(value: Any) -> None:
+    """An object to stdout."""
+    print_data(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    """Words to stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text))
+
+
+def hint(text: str) -> None:
+    """The likely next command, to stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[dim]next:[/] {escape(text)}")
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right: Iterable[str] = (),
+    wrap: Iterable[str] = (),
+) -> None:
+    """A table to stdout: in colour on a terminal, plain in a pipe, never cut off."""
+    right, wrap = set(right), set(wrap)
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(escape(name), justify="right" if name in right else "left",
+                         no_wrap=name not in wrap, overflow="fold")  # fmt: skip
+    body = [list(row) for row in rows]
+    for row in body:
+        table.add_row(*(_coloured(cell) for cell in row))
+    needed = console.measure(table).maximum
+    if not console.is_terminal or needed <= console.width or not wrap:
+        console = Console(highlight=False, width=max(needed, console.width))
+    console.print(table, soft_wrap=not wrap)
+
+
+def _coloured(cell: str) -> str:
+    return f"[{COLOURS[cell]}]{cell}[/]" if cell in COLOURS else escape(cell)
+
+
+def print_plan(plan: Plan) -> None:
+    """Every run of a plan with its status."""
+    rows = [
+        [r.spec.run_id, r.status, "yes" if r.todo else "", duration(r.estimate_s)]
+        for r in plan.runs
+    ]
+    print_table(["run", "status", "to do", "estimate"], rows, right=["estimate"])
+
+
+def print_report(report: Report, legend: str) -> None:
+    """A report on the terminal."""
+    console = Console(highlight=False)
+    console.print(f"[bold]{escape(report.title)}[/]", escape(report.claim), soft_wrap=True)
+    for fact in report.facts:
+        console.print(f"  {escape(fact)}", soft_wrap=True)
+    console.print()
+    print_table(report.columns, report.rows, right=report.columns[1:])
+    console.print()
+    console.print(f"[dim]{escape(legend.replace('*', ''))}[/]")
+    for note in report.notes:
+        console.print(f"  {escape(note)}", soft_wrap=True)
+
+
+def print_run(details: Mapping[str, Any]) -> None:
+    """One run: its settings, its figures, its layers and its epochs."""
+    result = details["result"] or {}
+    console = Console(highlight=False)
+    reason = f": {result['reason']}" if result.get("reason") else ""
+    console.print(f"[bold]{escape(details['run_id'])}[/]  {escape(details['status'] + reason)}",
+                  soft_wrap=True)  # fmt: skip
+    spec = {k: v for k, v in details["spec"].items() if not isinstance(v, dict)}
+    nested = {k: v for k, v in details["spec"].items() if isinstance(v, dict)}
+    figures = {k: v for k, v in result.items() if isinstance(v, int | float | str)}
+    shown = {**spec, **nested, **{k: v for k, v in figures.items() if k not in spec}}
+    print_table(["key", "value"], [[k, _short(v)] for k, v in shown.items()], wrap=["value"])
+    for name, rows in (("layers", result.get("layers")), ("epochs", details["epochs"])):
+        if rows:
+            console.print(f"\n[bold]{name}[/]")
+            keys = [k for k in rows[0] if k not in ("event", "epochs")]
+            print_table(keys, [[_short(row.get(k)) for k in keys] for row in rows], right=keys[1:])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={_short(v)}" for k, v in value.items() if v is not None)
+    return f"{value:.6g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def duration(seconds: float | None) -> str:
+    """`3 s`, `4 min`, `2.5 h`; empty for None."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+class Lines:
+    """Progress as plain lines, for pipes, logs and --quiet (warnings only)."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self, plan: Plan) -> None:
+        """The suite starts."""
+        self._say(begin_line(plan))
+
+    def started(self, planned: Planned, number: int, of: int) -> None:
+        """One run starts."""
+        self._place = f"[{number}/{of}]"
+
+    def message(self, message: dict[str, Any]) -> None:
+        """The run in progress says something."""
+
+    def ended(self, planned: Planned, row: Mapping[str, Any]) -> None:
+        """The run has an outcome."""
+        line = f"{self._place} {planned.spec.run_id}: {outcome_text(row)}"
+        if row["status"] in FAILURES:
+            say(line)
+        else:
+            self._say(line)
+
+    def warn(self, text: str) -> None:
+        """Something is odd."""
+        say(f"warning: {text}")
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            say(text)
+
+
+class Bars:
+    """Live progress of the suite and of the run, on a terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"), Remaining(), console=self._console,
+        )  # fmt: skip
+        self._live = Live(self._progress, console=self._console, transient=True)
+        self._suite: TaskID | None = None
+        self._run: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def begin(self, plan: Plan) -> None:
+        """The suite starts."""
+        self._print(begin_line(plan))
+        self._suite = self._progress.add_task("suite", total=len(plan.todo), note="")
+
+    def started(self, planned: Planned, number: int, of: int) -> None:
+        """One run starts."""
+        self._run = self._progress.add_task(planned.spec.run_id, total=None, note="starting")
+
+    def message(self, message: dict[str, Any]) -> None:
+        """The run in progress says something."""
+        if self._run is not None and message.get("event") == "epoch":
+            acc = message["test_acc"]
+            note = "" if acc is None else f"test {100 * acc:.2f}%"
+            self._progress.update(
+                self._run, total=message["epochs"], completed=message["epoch"], note=note
+            )
+
+    def ended(self, planned: Planned, row: Mapping[str, Any]) -> None:
+        """The run has an outcome."""
+        if self._run is not None:
+            self._progress.remove_task(self._run)
+        if self._suite is not None:
+            self._progress.advance(self._suite)
+        self._print(f"{planned.spec.run_id}: {outcome_text(row)}", COLOURS.get(row["status"], ""))
+
+    def warn(self, text: str) -> None:
+        """Something is odd."""
+        self._print(f"warning: {text}", "yellow")
+
+    def _print(self, text: str, style: str = "") -> None:
+        self._console.print(escape(text), style=style, soft_wrap=True)
+
+
+def begin_line(plan: Plan) -> str:
+    """What is about to be done."""
+    done = len(plan.runs) - len(plan.todo)
+    left = f", about {duration(plan.estimate_s)}" if plan.todo and plan.estimate_s else ""
+    return (
+        f"{plan.suite.name}: {len(plan.runs)} runs, {done} done already, {len(plan.todo)} to do"
+        f"{left}; results in {plan.folder.path}"
+    )
+
+
+def outcome_text(row: Mapping[str, Any]) -> str:
+    """`done: test 97.2% ...`, or the status with its reason."""
+    if row["status"] != "done":
+        return f"{row['status']}: {row['reason']}"
+    return (
+        f"done: test {100 * row['test_acc']:.2f}%, {row['spikes_per_sample']:.0f} spikes a sample, "
+        f"step {row['step_ms_p50']:.1f} ms, training {duration(row['train_s'])}"
+    )

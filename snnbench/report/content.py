@@ -1,0 +1,163 @@
+"""What a report says, independent of how it looks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from snnbench import tables
+from snnbench.stats import Estimate
+from snnbench.store import SuiteFolder
+
+LEGEND = (
+    "Accuracies are % of the test set. *last*: after the last epoch (headline). *best val*: at "
+    "the epoch chosen on a validation split cut from train. *best test*: optimistic, for "
+    "comparison with papers only. Mean ± half a 95% Student-t interval (n seeds); Δ is paired by "
+    "seed, weights and batches. Spikes, SOPs and MACs are per test sample; memory and time are "
+    "those of training steps, and compare within one machine only."
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its key in the data, its heading, and how to write a value."""
+
+    key: str
+    heading: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """A title, lines above the table, the table, and notes below it."""
+
+    title: str
+    claim: str
+    facts: list[str]
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+    records: list[dict[str, Any]]
+
+
+def build(folder: SuiteFolder) -> Report:
+    """The report of one suite's results."""
+    frame = tables.read_runs(folder)
+    plan = folder.plan() or {}
+    cells = tables.summarise(frame)
+    differing = tables.differing_settings(cells, frame)
+    lifted, own = _split_constant(cells)
+    columns = ["method", *own, *differing, "last", "best val", "best test", "Δ last vs bptt",
+               "spikes", "rate", "SOPs", "MACs", "peak MiB", "saved MiB", "step ms"]  # fmt: skip
+    rows = [[cell.label, *(str(cell.conditions[k]) for k in (*own, *differing)), *_figures(cell)]
+            for cell in cells]  # fmt: skip
+    suite = plan.get("suite", {})
+    return Report(
+        title=str(suite.get("name", folder.path.name)),
+        claim=str(suite.get("claim", "")),
+        facts=_facts(frame, lifted),
+        columns=columns,
+        rows=rows,
+        notes=_notes(frame, plan),
+        records=[_record(cell) for cell in cells],
+    )
+
+
+def _split_constant(cells: list[tables.Cell]) -> tuple[dict[str, str], list[str]]:
+    """Conditions equal in all cells are said once, above the table; the others are columns."""
+    keys = ("T", "dataset", "model")
+    values = {k: {str(c.conditions[k]) for c in cells} for k in keys}
+    lifted = {k: next(iter(v)) for k, v in values.items() if len(v) == 1 and k != "T"}
+    return lifted, [k for k in keys if k not in lifted]
+
+
+def _figures(cell: tables.Cell) -> list[str]:
+    e = cell.estimates
+    return [
+        percent(e["test_acc"], n=True),
+        percent(e["test_acc_best_val"]),
+        percent(e["test_acc_best_test"]),
+        percent(cell.vs_bptt, sign=True),
+        quantity(e["spikes_per_sample"]),
+        number(e["firing_rate"], 3),
+        quantity(e["sops_per_sample"]),
+        quantity(e["macs_per_sample"]),
+        number(e["peak_bytes"], 1, scale=2**-20),
+        number(e["saved_bytes"], 2, scale=2**-20),
+        number(e["step_ms_p50"], 2),
+    ]
+
+
+def percent(e: Estimate | None, n: bool = False, sign: bool = False) -> str:
+    """`97.21 ± 1.03 (3)`; a dash where nothing was measured."""
+    if e is None:
+        return "–"
+    text = f"{100 * e.mean:{'+' if sign else ''}.2f}"
+    text += f" ± {100 * e.half:.2f}" if e.half is not None else ""
+    return text + (f" ({e.n})" if n or (sign and e.half is None) else "")
+
+
+def quantity(e: Estimate | None) -> str:
+    """The mean with a k, M or G."""
+    if e is None:
+        return "–"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(e.mean) >= size:
+            return f"{e.mean / size:.3g} {unit}"
+    return f"{e.mean:.4g}"
+
+
+def number(e: Estimate | None, digits: int, scale: float = 1.0) -> str:
+    """The mean with a fixed number of digits."""
+    return "–" if e is None else f"{e.mean * scale:.{digits}f}"
+
+
+def _facts(frame: pd.DataFrame, lifted: dict[str, str]) -> list[str]:
+    """Where, with what and on what the figures were measured."""
+
+    def values(name: str) -> str:
+        found = sorted({str(v) for v in frame[name].dropna()})
+        return ", ".join(found) or "unknown"
+
+    facts = [f"{k}: {v}" for k, v in lifted.items()]
+    facts += [
+        f"machine: {values('device')} ({values('machine_id')})",
+        f"versions: snnbench {values('version')}, torch {values('torch')}",
+        f"kernel: {values('kernel_path')}, precision: {values('precision')}",
+    ]
+    unverified = frame[frame["data_verified"].astype(str).str.lower() == "false"]
+    if len(unverified):
+        names = ", ".join(sorted(set(unverified["dataset"])))
+        facts.append(f"data_verified = false: {names} is not the official copy")
+    return facts
+
+
+def _notes(frame: pd.DataFrame, plan: dict[str, Any]) -> list[str]:
+    """Counts, failures with their reasons, what is missing, and what the running cost."""
+    counts = tables.counts(frame)
+    notes = ["runs: " + ", ".join(f"{n} {status}" for status, n in counts.items())]
+    for _, row in tables.failures(frame).iterrows():
+        notes.append(f"{row['status']}: {row['run_id']}: {row['reason']}")
+    absent = set(plan.get("runs", [])) - set(frame["run_id"])
+    if absent:
+        notes.append(f"missing: {len(absent)} of {len(plan['runs'])} planned runs have not begun")
+    sources = frame["source_hash"].dropna().nunique()
+    if sources > 1:
+        notes.append(f"stale: the figures come from {sources} versions of the code; --redo renews")
+    overhead = frame["overhead_s"].dropna().astype(float)
+    if len(overhead):
+        notes.append(
+            f"orchestration: {overhead.median():.2f} s a run (median of {len(overhead)}, most "
+            f"{overhead.max():.2f} s) beyond training, evaluation and measurement"
+        )
+    return notes
+
+
+def _record(cell: tables.Cell) -> dict[str, Any]:
+    """One summary row as numbers, for csv and json."""
+    record: dict[str, Any] = {"label": cell.label, **cell.conditions, "n": cell.n}
+    for name, e in (*cell.estimates.items(), ("test_acc_vs_bptt", cell.vs_bptt)):
+        record[name] = None if e is None else e.mean
+        record[f"{name}_ci95"] = None if e is None else e.half
+    return {k: v.item() if hasattr(v, "item") else v for k, v in record.items()}

@@ -1,0 +1,258 @@
+"""Run folders -> tidy tables (one row per run, one per epoch) -> grouped summary.
+
+The columns of runs.csv are a stable contract: later versions append.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from snnbench import stats
+from snnbench.errors import ResultsError
+from snnbench.registry import BUILT_IN
+from snnbench.spec import canonical, digest
+from snnbench.store import ENDED, FAILURES, RunFolder, SuiteFolder, publish
+
+RUN_COLUMNS = (
+    "run_id", "suite", "status", "reason", "dataset", "model", "method", "method_config", "T",
+    "seed", "kernel", "precision", "epochs", "test_acc", "test_acc_best_val", "test_acc_best_test",
+    "spikes_per_sample", "firing_rate", "sops_per_sample", "macs_per_sample", "step_ms_p50",
+    "step_ms_p25", "step_ms_p75", "train_s", "peak_bytes", "saved_bytes", "params_train",
+    "params_infer", "init_hash", "order_hash", "data_hash", "data_verified", "machine_id",
+    "source_hash", "version", "schema",
+    # appended
+    "settings", "settings_hash", "kernel_path", "device", "torch", "steps_timed", "best_val_epoch",
+    "eval_s", "measure_s", "wall_s", "overhead_s", "null_reasons",
+)  # fmt: skip
+EPOCH_COLUMNS = (
+    "run_id", "suite", "dataset", "model", "method", "T", "seed", "epoch", "lr", "train_loss",
+    "val_acc", "test_acc", "train_s", "eval_s",
+)  # fmt: skip
+IDENTITY = ("run_id", "suite", "dataset", "model", "method", "T", "seed")
+# Hashes such as 12e45678 are no numbers.
+TEXT_COLUMNS = (
+    "run_id", "suite", "status", "reason", "method_config", "init_hash", "order_hash", "data_hash",
+    "source_hash", "version", "settings", "settings_hash", "torch",
+)  # fmt: skip
+METRICS = (
+    "spikes_per_sample", "firing_rate", "sops_per_sample", "macs_per_sample", "peak_bytes",
+    "saved_bytes", "step_ms_p50",
+)  # fmt: skip
+# What must be equal for two runs to share a cell, or a comparison (the latter without the method).
+CELL = (
+    "dataset", "model", "T", "kernel", "precision", "settings_hash", "machine_id", "method",
+    "method_config",
+)  # fmt: skip
+
+
+def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
+    """The row of one run; what was not measured is absent."""
+    spec = folder.spec()
+    try:
+        result = folder.result() or {"status": folder.status(), "reason": ""}
+    except ResultsError as error:
+        result = {"status": "missing", "reason": str(error)}
+    events = folder.events()[0]
+    settings = {
+        "data": spec.data,
+        "model": spec.model_options,
+        "neuron": spec.neuron,
+        "train": {k: v for k, v in vars(spec.train).items() if k != "timeout_s"},
+    }
+    machine = result.get("machine", {})
+    wall_s = sum(e["wall_s"] for e in events if e.get("event") == "exit")
+    once = wall_s and sum(e.get("event") == "start" for e in events) == 1
+    worked_s = [result[k] for k in ("train_s", "eval_s", "measure_s") if k in result]
+    interrupted = [e["reason"] for e in events if e.get("event") == "interrupted"]
+    if result["status"] == "interrupted" and interrupted:
+        result["reason"] = interrupted[-1]
+    return {
+        **{k: result.get(k) for k in RUN_COLUMNS},
+        **{k: getattr(spec, k) for k in ("dataset", "model", "method", "T", "seed")},
+        "run_id": folder.run_id,
+        "suite": suite,
+        "kernel": spec.kernel,
+        "precision": spec.precision,
+        "method_config": canonical(spec.method_config),
+        "schema": spec.schema,
+        "settings": canonical(settings),
+        "settings_hash": digest(canonical(settings))[:8],
+        "machine_id": machine.get("machine_id"),
+        "device": machine.get("gpu") or machine.get("cpu"),
+        "torch": machine.get("versions", {}).get("torch"),
+        "version": machine.get("snnbench"),
+        "wall_s": wall_s or None,
+        "overhead_s": wall_s - sum(worked_s) if once and len(worked_s) == 3 else None,
+        "null_reasons": canonical(result["nulls"]) if result.get("nulls") else None,
+    }
+
+
+def epoch_rows(suite: str, folder: RunFolder) -> list[dict[str, Any]]:
+    """One row per finished epoch of a run, from its result or, before that, from its events."""
+    spec = folder.spec()
+    try:
+        result = folder.result() or {}
+    except ResultsError:
+        result = {}
+    history = result.get("history") or folder.epochs()
+    fixed = {k: getattr(spec, k) for k in ("dataset", "model", "method", "T", "seed")}
+    return [
+        {k: {**e, **fixed, "run_id": folder.run_id, "suite": suite}.get(k) for k in EPOCH_COLUMNS}
+        for e in history
+    ]
+
+
+class Writer:
+    """Keeps the tables of a suite's folder up to date; a run is read again only if told so."""
+
+    def __init__(self, suite: str, folder: SuiteFolder) -> None:
+        self._suite, self._folder = suite, folder
+        self._runs: dict[str, dict[str, Any]] = {}
+        self._epochs: dict[str, list[dict[str, Any]]] = {}
+        for run in folder.runs():
+            self.read(run)
+
+    def read(self, run: RunFolder) -> dict[str, Any]:
+        """Take in what a run's folder holds now; its row."""
+        try:
+            row = run_row(self._suite, run)
+        except ResultsError as error:
+            return {"status": "missing", "reason": str(error)}
+        self._runs[run.run_id] = row
+        self._epochs[run.run_id] = epoch_rows(self._suite, run)
+        return row
+
+    def write(self) -> None:
+        """Publish both tables, each whole or not at all."""
+        order = sorted(self._runs)
+        runs = pd.DataFrame([self._runs[i] for i in order], columns=list(RUN_COLUMNS))
+        rows = [row for i in order for row in self._epochs[i]]
+        epochs = pd.DataFrame(rows, columns=list(EPOCH_COLUMNS))
+        for frame, path in ((runs, self._folder.runs_csv), (epochs, self._folder.epochs_csv)):
+            for name in frame.columns:  # integers stay integers beside empty cells
+                whole = [isinstance(v, int) for v in frame[name].dropna()]
+                if whole and all(whole) and frame[name].isna().any():
+                    frame[name] = frame[name].astype("Int64")
+            text = frame.to_csv(index=False)
+            publish(path, partial(_write_text, text))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, "utf-8")
+
+
+def read_runs(folder: SuiteFolder) -> pd.DataFrame:
+    """runs.csv as it was written; raises ResultsError if it is missing or no such table."""
+    try:
+        frame = pd.read_csv(folder.runs_csv, dtype=dict.fromkeys(TEXT_COLUMNS, "string"))
+    except FileNotFoundError as error:
+        raise ResultsError(
+            f"{folder.runs_csv}: no results yet; `snnbench run` makes them"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{folder.runs_csv}: not a readable table: {error}") from error
+    absent = [c for c in RUN_COLUMNS[:36] if c not in frame.columns]
+    if absent:
+        raise ResultsError(
+            f"{folder.runs_csv}: column '{absent[0]}' is missing; is this a table "
+            "that snnbench wrote?"
+        )
+    return frame.reindex(columns=[*frame.columns, *(c for c in RUN_COLUMNS if c not in frame)])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All seeds of one method under one set of conditions."""
+
+    conditions: Mapping[str, Any]
+    label: str
+    n: int
+    estimates: Mapping[str, stats.Estimate | None]
+    vs_bptt: stats.Estimate | None
+
+
+def summarise(frame: pd.DataFrame) -> list[Cell]:
+    """One cell per method, T, dataset, model and whatever else differs, in the order of runs.
+
+    The difference to BPTT pairs runs of one seed that started from the same weights, saw the same
+    batches and data, and ran on one kind of machine.
+    """
+    done = frame[frame["status"] == "done"]
+    labels = method_labels(frame)
+    cells = []
+    conditions = [c for c in CELL if c not in ("method", "method_config")]
+    for key, group in done.groupby(list(conditions), sort=False, dropna=False):
+        baseline = group[group["method"] == "bptt"]
+        shared = dict(zip(conditions, key, strict=True))
+        for (method, config), runs in group.groupby(["method", "method_config"], sort=False):
+            estimates = {
+                name: stats.estimate(runs[name].dropna().astype(float).tolist())
+                for name in ("test_acc", "test_acc_best_val", "test_acc_best_test", *METRICS)
+            }
+            difference = None
+            if method != "bptt" and baseline["method_config"].nunique() == 1:
+                difference = stats.paired(_by_pair(runs), _by_pair(baseline))
+            label = labels[str(method), str(config)]
+            where = {**shared, "method": method, "method_config": config}
+            cells.append(Cell(where, label, len(runs), estimates, difference))
+    order = {label: i for i, label in enumerate(labels.values())}
+    keys = ("dataset", "model", "kernel", "precision", "settings_hash", "T")
+    return sorted(
+        cells,
+        key=lambda c: (
+            *(str(c.conditions[k]) if k != "T" else c.conditions[k] for k in keys),
+            order[c.label],
+        ),
+    )
+
+
+def _by_pair(runs: pd.DataFrame) -> dict[str, float]:
+    """Last-epoch accuracy by everything that makes two runs a pair."""
+    pair = runs[["seed", "init_hash", "order_hash", "data_hash"]].astype(str).agg("|".join, axis=1)
+    return dict(zip(pair, runs["test_acc"].astype(float), strict=True))
+
+
+def method_labels(frame: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """Name of each method variant: the options that differ within the method are named too."""
+    variants: dict[str, list[str]] = {}
+    for method, config in zip(frame["method"], frame["method_config"], strict=True):
+        if config not in variants.setdefault(method, []):
+            variants[method].append(config)
+    rank = {name: i for i, name in enumerate(BUILT_IN["methods"])}
+    labels = {}
+    for method in sorted(variants, key=lambda m: (rank.get(m, len(rank)), m)):
+        options = [json.loads(c) for c in variants[method]]
+        varied = [k for k in options[0] if len({canonical(o.get(k)) for o in options}) > 1]
+        for config, values in zip(variants[method], options, strict=True):
+            named = "".join(f" {k}={values[k]}" for k in varied)
+            labels[method, config] = f"{method}{named}"
+    return labels
+
+
+def differing_settings(cells: Iterable[Cell], frame: pd.DataFrame) -> list[str]:
+    """Names of conditions beyond dataset, model, method and T in which the cells differ."""
+    cells = list(cells)
+    names = ("kernel", "precision", "machine_id", "settings_hash")
+    return [n for n in names if len({str(c.conditions[n]) for c in cells}) > 1]
+
+
+def counts(frame: pd.DataFrame) -> dict[str, int]:
+    """Number of runs by status."""
+    return {str(k): int(v) for k, v in frame["status"].value_counts().items()}
+
+
+def failures(frame: pd.DataFrame) -> pd.DataFrame:
+    """Runs that ended without a measurement, or were skipped, with their reasons."""
+    return frame[frame["status"].isin([*FAILURES, "skipped", "interrupted"])]
+
+
+def ended(frame: pd.DataFrame) -> pd.DataFrame:
+    """Runs that have a result."""
+    return frame[frame["status"].isin(ENDED)]
