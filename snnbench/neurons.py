@@ -90,8 +90,8 @@ class _Fire(torch.autograd.Function):
         ctx.save_for_backward(u)
         ctx.surrogate = surrogate
         fired = (u > 0) if strict else (u >= 0)
-        # A membrane that is not finite must stay visible: it never passes as a silent neuron.
-        return torch.where(u.isfinite(), fired.to(u.dtype), u.new_tensor(float("nan")))
+        # 0 * u keeps a membrane visible that is not finite: it never passes as a silent neuron.
+        return torch.add(fired.to(u.dtype), u, alpha=0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -124,8 +124,6 @@ class RunFolder:
                     if file.read(1) != b"\n":
                         file.write(b"\n")
                 file.write((json.dumps(event, allow_nan=False) + "\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
         except OSError as error:
             raise storage_error(self._events, error) from error
 

@@ -33,6 +33,7 @@ from snnbench.spec import RunSpec, TrainConfig, digest, sub_seed
 
 PROBE_STEPS = 3
 AUGMENT_CHUNK = 4096
+CHECKPOINT_EVERY_S = 10.0  # at most; a shorter run is done again sooner than it is written
 
 
 @dataclass
@@ -69,7 +70,7 @@ def train(job: Job) -> dict[str, Any]:
     if job.checkpoint is not None:
         state = resume(job, trainable, optimizer) or state
 
-    clock = StepClock(job.device)
+    clock, saved_at = StepClock(job.device), time.perf_counter()
     for epoch in range(state["epoch"], epochs):
         began = time.perf_counter()
         torch.manual_seed(sub_seed(spec.seed, f"method:{epoch}"))
@@ -112,9 +113,10 @@ def train(job: Job) -> dict[str, Any]:
         state["history"].append(event)
         state["epoch"] = epoch + 1
         job.emit(event)
-        job.save(
-            {**state, "trainable": trainable.state_dict(), "optimizer": optimizer.state_dict()}
-        )
+        if time.perf_counter() - saved_at > CHECKPOINT_EVERY_S:
+            weights = {"trainable": trainable.state_dict(), "optimizer": optimizer.state_dict()}
+            job.save(state | weights)
+            saved_at = time.perf_counter()
 
     began = time.perf_counter()
     metrics |= count_spikes(job, test)

@@ -11,6 +11,8 @@ import importlib
 import json
 import multiprocessing
 import signal
+import sys
+import types
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,6 +21,8 @@ from snnbench.errors import WorkerError
 from snnbench.store import RunFolder
 
 WORKER = "snnbench.worker"
+# torch imports this, for two seconds, when the first optimizer is made.
+WARM = ("torch._dynamo",)
 
 
 class Handle:
@@ -70,7 +74,7 @@ class LocalExecutor:
 
     def __init__(self, preload: Sequence[str]) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["__main__", WORKER, *preload])
+        self._context.set_forkserver_preload([WORKER, *WARM, *preload])
 
     def start(self) -> None:
         """Begin to warm the server up, in the background."""
@@ -79,7 +83,8 @@ class LocalExecutor:
         # Ctrl-C is for the parent to handle, also while the server still imports torch.
         old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            forkserver.ensure_running()
+            with _main_hidden():
+                forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
@@ -108,9 +113,21 @@ class LocalExecutor:
         process = self._context.Process(
             target=_child, args=(task, json.dumps(arguments), send), daemon=False
         )
-        process.start()
+        with _main_hidden():
+            process.start()
         send.close()
         return Handle(process, receive)
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keep multiprocessing from running the caller's script again in every child."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _child(task: str, arguments: str, pipe: Connection) -> None:
