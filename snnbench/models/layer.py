@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -47,6 +47,21 @@ class Layer(nn.Module):
         return c_TB if self.neuron is None else self.scan(self.neuron, c_TB)
 
 
+class TdBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose normalised value is multiplied by alpha * v_th (STBP-tdBN, eq. 5-8).
+
+    alpha is 1, or 1 / sqrt(2) where two synapses of one layer are summed.
+    """
+
+    def __init__(self, channels: int, scale: float) -> None:
+        super().__init__(channels)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised, scaled and shifted input."""
+        return super().forward(x) * self.scale + (1 - self.scale) * self.bias.view(1, -1, 1, 1)
+
+
 def weighted(synapse: nn.Module) -> tuple[list[nn.Module], nn.Conv2d | nn.Linear, list[nn.Module]]:
     """Split a synapse into what comes before its weights, the weighted map, and what follows."""
     parts = list(synapse) if isinstance(synapse, nn.Sequential) else [synapse]
@@ -73,7 +88,7 @@ class Network(nn.Module):
         """Logits of every timestep, [T, B, K]."""
         raise NotImplementedError
 
-    def taps(self) -> list[tuple[Layer, int]]:
+    def taps(self, each: Literal["stage", "block"] = "stage") -> list[tuple[Layer, int]]:
         """Layers, with their width, whose spikes an auxiliary head may read; never the last."""
         return []
 
