@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+new_app = typer.Typer(help="Write a skeleton.", no_args_is_help=True)
+app.add_typer(new_app, name="new")
 
 
 class Format(StrEnum):
@@ -200,8 +202,29 @@ def report(
     elif format_ is Format.md:
         console.print_data(markdown.render(built))
     else:
-        console.print_report(built, content.LEGEND)
+        console.print_report(built, content.LEGEND, content.PUBLISHED_COLUMNS)
         console.hint("snnbench report --format md, or snnbench show RUN_ID")
+
+
+@app.command()
+def plot(
+    figure: Annotated[str, typer.Argument(help="fidelity, accuracy, saved, step or cosine.")],
+    what: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[SUITE or FOLDER]", help="Default: the suite run last."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="A .png, .svg or .pdf file."),
+    ] = None,
+    results: Results = Path("results"),
+) -> None:
+    """Draw a figure of a suite's results."""
+    from snnbench import console
+    from snnbench.report import plots
+
+    folder = _results_of(what, results)
+    console.say(f"written: {plots.draw(folder, figure, output or folder.path / f'{figure}.png')}")
 
 
 @app.command("list")
@@ -240,16 +263,43 @@ def show(run_id: str, results: Results = Path("results"), as_json: Json = False)
 
 
 @app.command()
-def check(suite: SuiteArgument, set_: Set = None, as_json: Json = False) -> None:
-    """Check a suite without running it."""
-    from snnbench import console, runner
+def check(
+    what: Annotated[str, typer.Argument(metavar="SUITE or METHOD", help="Checked, not run.")],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Check a suite, or let a method prove that it keeps the contract."""
+    from snnbench import console, registry, runner
 
-    loaded, specs = runner.specs_of(suite, set_ or [])
+    if what in registry.components("methods") or "+" in what:
+        checks = runner.check_method(what)
+        ok = all(c["ok"] for c in checks)
+        if as_json:
+            console.print_json({"method": what, "ok": ok, "checks": checks})
+        else:
+            rows = [["pass" if c["ok"] else "FAIL", c["name"], c["detail"]] for c in checks]
+            console.print_table(["", "clause", "seen"], rows, wrap=["seen"])
+            console.hint(f'write a suite with [[method]] name = "{what}", then snnbench run it')
+        raise typer.Exit(ExitCode.OK if ok else ExitCode.RUNS_FAILED)
+    loaded, specs = runner.specs_of(what, set_ or [])
     if as_json:
         console.print_json({"suite": loaded.name, "ok": True, "runs": len(specs)})
         return
-    console.say(f"{suite}: ok, {len(specs)} runs")
-    console.hint(f"snnbench plan {suite}")
+    console.say(f"{what}: ok, {len(specs)} runs")
+    console.hint(f"snnbench plan {what}")
+
+
+@new_app.command("method")
+def new_method(
+    name: Annotated[str, typer.Argument(help="A Python name, as my_method.")],
+    folder: Annotated[Path, typer.Option("--into", help="Where its folder is made.")] = Path(),
+) -> None:
+    """Write the skeleton of a package that adds a training method; its own test passes."""
+    from snnbench import console, scaffold
+
+    made = scaffold.new_method(name, folder)
+    console.say(f"written: {made}")
+    console.hint(f"pip install -e {made} && snnbench check {name}")
 
 
 @data_app.command()

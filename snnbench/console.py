@@ -83,7 +83,7 @@ def print_plan(plan: Plan) -> None:
     print_table(["run", "status", "to do", "estimate"], rows, right=["estimate"])
 
 
-def print_report(report: Report, legend: str) -> None:
+def print_report(report: Report, legend: str, published_columns: Sequence[str]) -> None:
     """A report on the terminal."""
     console = Console(highlight=False)
     console.print(f"[bold]{escape(report.title)}[/]", escape(report.claim), soft_wrap=True)
@@ -93,6 +93,8 @@ def print_report(report: Report, legend: str) -> None:
     print_table(report.columns, report.rows, right=report.columns[1:])
     console.print()
     console.print(f"[dim]{escape(legend.replace('*', ''))}[/]")
+    if report.published:
+        print_table(published_columns, report.published, wrap=["source"])
     for note in report.notes:
         console.print(f"  {escape(note)}", soft_wrap=True)
 
@@ -239,7 +241,9 @@ def outcome_text(row: Mapping[str, Any]) -> str:
     """`done: test 97.2% ...`, or the status with its reason."""
     if row["status"] != "done":
         return f"{row['status']}: {row['reason']}"
+    count = row["spikes_per_sample"]
+    spikes = "no" if count is None else f"{count:.0f}"
     return (
-        f"done: test {100 * row['test_acc']:.2f}%, {row['spikes_per_sample']:.0f} spikes a sample, "
+        f"done: test {100 * row['test_acc']:.2f}%, {spikes} spikes a sample, "
         f"step {row['step_ms_p50']:.1f} ms, training {duration(row['train_s'])}"
     )

@@ -28,12 +28,27 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "shortcut": "snnbench.methods.shortcut:Shortcut",
         "rate": "snnbench.methods.rate:Rate",
         "grad_scale": "snnbench.methods.grad_scale:GradScale",
+        "sltt": "snnbench.methods.sltt:SLTT",
+        "ottt": "snnbench.methods.ottt:OTTT",
+        "ann": "snnbench.methods.ann:ANN",
     },
     "models": {
         "mlp": "snnbench.models.mlp:MLP",
         "convnet": "snnbench.models.convnet:ConvNet",
         "vgg11": "snnbench.models.vgg:VGG11",
+        "vgg13": "snnbench.models.vgg:VGG13",
+        "vgg16": "snnbench.models.vgg:VGG16",
+        "vggsnn": "snnbench.models.vgg:VGGSNN",
+        "vggsnn_dvs": "snnbench.models.vgg:VGGSNNDVS",
+        "vggsnn_woap": "snnbench.models.vgg:VGGSNNwoAP",
         "resnet18": "snnbench.models.resnet:ResNet18",
+        "resnet19": "snnbench.models.resnet:ResNet19",
+        "resnet20": "snnbench.models.resnet:ResNet20",
+        "resnet34": "snnbench.models.resnet:ResNet34",
+        "sew_resnet18": "snnbench.models.resnet:SEWResNet18",
+        "sew_resnet34": "snnbench.models.resnet:SEWResNet34",
+        "sew_resnet50": "snnbench.models.resnet:SEWResNet50",
+        "preact_resnet34": "snnbench.models.resnet:PreActResNet34",
     },
     "datasets": {
         "digits": "snnbench.data.digits:Digits",
@@ -45,7 +60,10 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
 
 
 # Rooms whose code decides a number; a change in them makes earlier results stale.
-NUMERIC = ("neurons", "spec", "train", "worker", "data", "kernels", "measure", "methods", "models")
+NUMERIC = (
+    "neurons", "spec", "recipe", "train", "worker",
+    "data", "kernels", "measure", "methods", "models",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,7 @@ class Component:
     target: str
     distribution: str = "snnbench"
     version: str = __version__
+    parts: tuple[Component, ...] = ()  # of a composed method
 
     @property
     def module(self) -> str:
@@ -65,6 +84,9 @@ class Component:
 
     def load(self) -> Any:
         """Import the class, or the module for a kernel; raises WorkerError naming the culprit."""
+        if self.parts:
+            compose = importlib.import_module("snnbench.methods.compose").compose
+            return compose(self.name, [part.load() for part in self.parts])
         module, _, attribute = self.target.partition(":")
         try:
             loaded = importlib.import_module(module)
@@ -77,7 +99,11 @@ class Component:
 
     def describe(self) -> dict[str, str]:
         """Name, summary and source, read from the code's text without running it."""
-        summary, source = _read_docs(self.target)
+        if self.parts:
+            summary = f"{' and '.join(p.name for p in self.parts)} together."
+            source = "; ".join(p.describe()["source"] for p in self.parts)
+        else:
+            summary, source = _read_docs(self.target)
         return {
             "name": self.name,
             "summary": summary,
@@ -103,8 +129,16 @@ def components(kind: str) -> dict[str, Component]:
 
 
 def find(kind: str, name: str) -> Component:
-    """The component of that name; raises UsageError with a suggestion."""
+    """The component of that name; raises UsageError with a suggestion.
+
+    `tet+shortcut` is a method composed of others.
+    """
     known = components(kind)
+    if kind == "methods" and "+" in name:
+        parts = tuple(find(kind, part) for part in name.split("+"))
+        brought = {p.distribution: p.version for p in parts}
+        origin = ", ".join(brought), ", ".join(brought.values())
+        return Component(kind, name, parts[0].target, *origin, parts=parts)
     if name not in known:
         raise UsageError(f"unknown {kind[:-1]} '{name}'{did_you_mean(name, known)}")
     return known[name]

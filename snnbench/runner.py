@@ -317,7 +317,7 @@ def _options(suite: Suite, name: str) -> Options:
             answer = json.loads(memory.read_text("utf-8"))
     if not isinstance(answer, dict) or "neuron" not in answer:
         executor = LocalExecutor(_built_in_modules(used))
-        answer = executor.resolve(json.loads(json.dumps(request, default=str)))
+        answer = executor.call("resolve", json.loads(json.dumps(request, default=str)))
         fail(name, answer["errors"])
         if own:
             with contextlib.suppress(ResultsError):
@@ -363,6 +363,14 @@ def _estimate(spec: RunSpec, past: Sequence[tuple[RunSpec, float]]) -> float | N
     if not twins:
         twins = [t * spec.T / s.T for s, t in past if same(s, *work)]
     return statistics.median(twins) if twins else None
+
+
+def check_method(name: str) -> list[dict[str, Any]]:
+    """Clauses of the method contract, each with name, ok and detail; raises on a broken method."""
+    component = registry.find("methods", name)
+    answer = LocalExecutor(_built_in_modules([component])).call("contract", {"name": name})
+    fail(f"method {name}", answer["errors"])
+    return list(answer["checks"])
 
 
 def find_run(results: Path, run_id: str) -> tuple[SuiteFolder, RunFolder]:

@@ -22,6 +22,32 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
+class Inherit:
+    """Time inheritance training: first `epochs` epochs at a smaller T, then the recipe at T.
+
+    The second phase starts from the first one's weights, with a new optimizer and schedule.
+    """
+
+    T: Annotated[int, Ge(1)]
+    epochs: Annotated[int, Ge(1)]
+    lr: Annotated[float, Gt(0)] | None = None
+
+
+@dataclass(frozen=True)
+class Every:
+    """Measure at the start, then after every so many epochs."""
+
+    every: Annotated[int, Ge(1)] = 1
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured beyond the usual; None costs nothing."""
+
+    gradient_fidelity: Every | None = None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The recipe that every method of a suite shares. Give `epochs` or `steps`, not both."""
 
@@ -41,10 +67,13 @@ class TrainConfig:
     clip_norm: Annotated[float, Gt(0)] | None = None
     eval_every: Annotated[int, Ge(1)] = 1
     timeout_s: Annotated[float, Gt(0)] | None = None
+    inherit: Inherit | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either 'epochs' or 'steps'")
+        if self.inherit is not None and self.epochs is None:
+            raise ValueError("'inherit' counts in 'epochs', not in 'steps'")
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,7 @@ class RunSpec:
     train: TrainConfig
     kernel: str = "auto"
     precision: Precision = "fp32"
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> dict[str, Any]:

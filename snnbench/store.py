@@ -1,7 +1,7 @@
 """Result folders: what lies where, written so that a kill at any moment loses nothing.
 
     results/<suite>/suite.json               the plan of the last `run`
-    results/<suite>/runs.csv, epochs.csv     the tables
+    results/<suite>/runs.csv, epochs.csv     the tables (and fidelity.csv, where measured)
     results/<suite>/runs/<run_id>/           one run:
         spec.json       what to do
         events.jsonl    append-only: start, one line an epoch, interruptions
@@ -209,6 +209,11 @@ class SuiteFolder:
     def epochs_csv(self) -> Path:
         """One row per run and epoch."""
         return self.path / "epochs.csv"
+
+    @property
+    def fidelity_csv(self) -> Path:
+        """One row per run, epoch and layer, where gradients were compared with BPTT's."""
+        return self.path / "fidelity.csv"
 
     def run(self, run_id: str) -> RunFolder:
         """The folder of a run, whether it exists or not."""

@@ -20,7 +20,7 @@ from annotated_types import Ge, Len
 
 from snnbench import registry
 from snnbench.errors import SuiteError, UsageError
-from snnbench.spec import Precision, RunSpec, TrainConfig, did_you_mean, validate
+from snnbench.spec import MeasureConfig, Precision, RunSpec, TrainConfig, did_you_mean, validate
 
 Names = Annotated[tuple[str, ...], Len(1)]
 KEYS = ("dataset", "model", "T", "seed", "kernel", "precision", "method")
@@ -51,7 +51,8 @@ class Suite:
     method: Annotated[tuple[dict[str, Any], ...], Len(1)]
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
-    neuron: dict[str, Any] = field(default_factory=dict)
+    neuron: dict[str, Any] | str = field(default_factory=dict)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
     exclude: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,13 +74,49 @@ class Options:
     methods: Sequence[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A published accuracy in %, and the suite that reproduces its recipe."""
+
+    suite: str
+    dataset: str
+    model: str
+    method: str
+    T: int
+    value: float
+    tolerance: float
+    epochs: int
+    verified: bool
+    source: str
+    options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Claims:
+    claim: tuple[Claim, ...]
+
+
+def published_claims() -> tuple[Claim, ...]:
+    """The figures of suites/papers/claims.toml."""
+    path = _shipped_folder() / "papers" / "claims.toml"
+    errors: list[str] = []
+    claims = validate(_Claims, _read(path, ()), errors)
+    fail(path, errors)
+    return claims.claim if claims else ()
+
+
+def _shipped_folder() -> Path:
+    installed = Path(str(files("snnbench"))) / "_suites"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "suites"
+
+
 def shipped() -> dict[str, Path]:
     """Suites that come with snnbench, by name."""
-    installed = Path(str(files("snnbench"))) / "_suites"
-    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "suites"
+    folder = _shipped_folder()
     return {
         str(path.relative_to(folder).with_suffix("")): path
         for path in sorted(folder.rglob("*.toml"))
+        if path.name != "claims.toml"
     }
 
 
@@ -124,10 +161,20 @@ def fail(path: Path | str, errors: Sequence[str]) -> None:
 def method_variants(suite: Suite) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every method with one value per hyper-parameter, and its key path in the file."""
     for i, entry in enumerate(suite.method):
-        options = {k: v if isinstance(v, list) else [v] for k, v in entry.items() if k != "name"}
+        options = {
+            k: v if isinstance(v, list) else [v] for k, v in entry.items() if k not in ("name", "T")
+        }
         for values in itertools.product(*options.values()):
             variant = {"name": entry["name"], **dict(zip(options, values, strict=True))}
             yield f"method[{i}] ({entry['name']})", variant
+
+
+def _timesteps(suite: Suite) -> Iterator[Sequence[int]]:
+    """Timesteps of every method variant: those of the axis, or the method's own `T`."""
+    entries = {f"method[{i}] ({e['name']})": e.get("T") for i, e in enumerate(suite.method)}
+    for path, _ in method_variants(suite):
+        own = entries[path]
+        yield suite.axes.T if own is None else own if isinstance(own, list) else [own]
 
 
 def expand(suite: Suite, options: Options) -> list[RunSpec]:
@@ -135,6 +182,8 @@ def expand(suite: Suite, options: Options) -> list[RunSpec]:
     holds comparable cells, and slow drift of the machine hits all methods alike.
     """
     a = suite.axes
+    methods = list(zip(_timesteps(suite), options.methods, strict=True))
+    steps = dict.fromkeys([*a.T, *itertools.chain.from_iterable(own for own, _ in methods)])
     specs = [
         RunSpec(
             dataset=dataset,
@@ -149,10 +198,12 @@ def expand(suite: Suite, options: Options) -> list[RunSpec]:
             train=suite.train,
             kernel=kernel,
             precision=precision,
+            measure=suite.measure,
         )
-        for seed, dataset, model, T, kernel, precision, method in itertools.product(
-            a.seed, a.dataset, a.model, a.T, a.kernel, a.precision, options.methods
+        for seed, dataset, model, T, kernel, precision, (own, method) in itertools.product(
+            a.seed, a.dataset, a.model, steps, a.kernel, a.precision, methods
         )
+        if T in own
     ]
     specs = [s for s in specs if not any(matches(s, rule) for rule in suite.exclude)]
     if not specs:
@@ -263,6 +314,10 @@ def _unknown_names(suite: Suite) -> list[str]:
     for i, entry in enumerate(suite.method):
         if not isinstance(entry.get("name"), str):
             errors.append(f"method[{i}].name: missing; give the name of a method")
+        own = entry.get("T", 1)
+        for T in own if isinstance(own, list) else [own]:
+            if not isinstance(T, int) or isinstance(T, bool) or T < 1:
+                errors.append(f"method[{i}].T = {json.dumps(own)}: timesteps are integers from 1")
     wanted = [
         (f"axes.{kind}", f"{kind}s", getattr(suite.axes, kind))
         for kind in ("dataset", "model", "kernel")
@@ -271,11 +326,11 @@ def _unknown_names(suite: Suite) -> list[str]:
     for key, kind, names in wanted:
         for name in names:
             known = {*registry.components(kind), *(["auto"] if kind == "kernels" else [])}
-            if name not in known:
-                errors.append(
-                    f"{key} = {json.dumps(name)}: unknown {kind[:-1]}"
-                    f"{did_you_mean(str(name), known)}"
-                )
+            errors += [
+                f"{key} = {json.dumps(part)}: unknown {kind[:-1]}{did_you_mean(part, known)}"
+                for part in (name.split("+") if kind == "methods" else [name])
+                if part not in known
+            ]
     for i, rule in enumerate(suite.exclude):
         for key in rule:
             if key not in KEYS:

@@ -29,13 +29,17 @@ RUN_COLUMNS = (
     "source_hash", "version", "schema",
     # appended
     "settings", "settings_hash", "kernel_path", "device", "torch", "steps_timed", "best_val_epoch",
-    "eval_s", "measure_s", "wall_s", "overhead_s", "null_reasons",
+    "eval_s", "measure_s", "wall_s", "overhead_s", "null_reasons", "test_acc_with_heads",
+    "grad_cos_bptt_init", "grad_norm_ratio_init", "grad_cos_bptt", "grad_norm_ratio",
 )  # fmt: skip
 EPOCH_COLUMNS = (
     "run_id", "suite", "dataset", "model", "method", "T", "seed", "epoch", "lr", "train_loss",
     "val_acc", "test_acc", "train_s", "eval_s",
 )  # fmt: skip
-IDENTITY = ("run_id", "suite", "dataset", "model", "method", "T", "seed")
+FIDELITY_COLUMNS = (
+    "run_id", "suite", "dataset", "model", "method", "method_config", "T", "seed", "epoch",
+    "layer", "depth", "cos", "norm_ratio",
+)  # fmt: skip
 # Hashes such as 12e45678 are no numbers.
 TEXT_COLUMNS = (
     "run_id", "suite", "status", "reason", "method_config", "init_hash", "order_hash", "data_hash",
@@ -43,7 +47,8 @@ TEXT_COLUMNS = (
 )  # fmt: skip
 METRICS = (
     "spikes_per_sample", "firing_rate", "sops_per_sample", "macs_per_sample", "peak_bytes",
-    "saved_bytes", "step_ms_p50",
+    "saved_bytes", "step_ms_p50", "grad_cos_bptt_init", "grad_norm_ratio_init", "grad_cos_bptt",
+    "grad_norm_ratio", "test_acc_with_heads",
 )  # fmt: skip
 # What must be equal for two runs to share a cell, or a comparison (the latter without the method).
 CELL = (
@@ -90,6 +95,7 @@ def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
         "version": machine.get("snnbench"),
         "wall_s": wall_s or None,
         "overhead_s": wall_s - sum(worked_s) if once and len(worked_s) == 3 else None,
+        **_fidelity_ends(result.get("fidelity") or []),
         "null_reasons": canonical(result["nulls"]) if result.get("nulls") else None,
     }
 
@@ -109,6 +115,34 @@ def epoch_rows(suite: str, folder: RunFolder) -> list[dict[str, Any]]:
     ]
 
 
+def _fidelity_ends(seen: list[dict[str, Any]]) -> dict[str, Any]:
+    """Gradient fidelity at initialisation and when it was measured last."""
+    if not seen:
+        return {}
+    return {
+        "grad_cos_bptt_init": seen[0]["cos"],
+        "grad_norm_ratio_init": seen[0]["norm_ratio"],
+        "grad_cos_bptt": seen[-1]["cos"],
+        "grad_norm_ratio": seen[-1]["norm_ratio"],
+    }
+
+
+def fidelity_rows(suite: str, folder: RunFolder) -> list[dict[str, Any]]:
+    """One row per layer and epoch at which a finished run's gradients were compared."""
+    spec = folder.spec()
+    try:
+        seen = (folder.result() or {}).get("fidelity") or []
+    except ResultsError:
+        seen = []
+    fixed = {k: getattr(spec, k) for k in ("dataset", "model", "method", "T", "seed")}
+    fixed |= {"method_config": canonical(spec.method_config), "suite": suite}
+    return [
+        {**fixed, "run_id": folder.run_id, "epoch": at["epoch"], "depth": depth, **layer}
+        for at in seen
+        for depth, layer in enumerate(at["layers"])
+    ]
+
+
 class Writer:
     """Keeps the tables of a suite's folder up to date; a run is read again only if told so."""
 
@@ -116,6 +150,7 @@ class Writer:
         self._suite, self._folder = suite, folder
         self._runs: dict[str, dict[str, Any]] = {}
         self._epochs: dict[str, list[dict[str, Any]]] = {}
+        self._fidelity: dict[str, list[dict[str, Any]]] = {}
         for run in folder.runs():
             self.read(run)
 
@@ -127,15 +162,20 @@ class Writer:
             return {"status": "missing", "reason": str(error)}
         self._runs[run.run_id] = row
         self._epochs[run.run_id] = epoch_rows(self._suite, run)
+        self._fidelity[run.run_id] = fidelity_rows(self._suite, run)
         return row
 
     def write(self) -> None:
-        """Publish both tables, each whole or not at all."""
+        """Publish the tables, each whole or not at all."""
         order = sorted(self._runs)
         runs = pd.DataFrame([self._runs[i] for i in order], columns=list(RUN_COLUMNS))
         rows = [row for i in order for row in self._epochs[i]]
         epochs = pd.DataFrame(rows, columns=list(EPOCH_COLUMNS))
-        for frame, path in ((runs, self._folder.runs_csv), (epochs, self._folder.epochs_csv)):
+        frames = [(runs, self._folder.runs_csv), (epochs, self._folder.epochs_csv)]
+        if fidelity := [row for i in order for row in self._fidelity[i]]:
+            frame = pd.DataFrame(fidelity, columns=list(FIDELITY_COLUMNS))
+            frames.append((frame, self._folder.fidelity_csv))
+        for frame, path in frames:
             for name in frame.columns:  # integers stay integers beside empty cells
                 whole = [isinstance(v, int) for v in frame[name].dropna()]
                 if whole and all(whole) and frame[name].isna().any():
@@ -194,7 +234,13 @@ def summarise(frame: pd.DataFrame) -> list[Cell]:
         for (method, config), runs in group.groupby(["method", "method_config"], sort=False):
             estimates = {
                 name: stats.estimate(runs[name].dropna().astype(float).tolist())
-                for name in ("test_acc", "test_acc_best_val", "test_acc_best_test", *METRICS)
+                for name in (
+                    "test_acc",
+                    "test_acc_best_val",
+                    "test_acc_best_test",
+                    "epochs",
+                    *METRICS,
+                )
             }
             difference = None
             if method != "bptt" and baseline["method_config"].nunique() == 1:
@@ -236,7 +282,7 @@ def method_labels(frame: pd.DataFrame) -> dict[tuple[str, str], str]:
     return labels
 
 
-def differing_settings(cells: Iterable[Cell], frame: pd.DataFrame) -> list[str]:
+def differing_settings(cells: Iterable[Cell]) -> list[str]:
     """Names of conditions beyond dataset, model, method and T in which the cells differ."""
     cells = list(cells)
     names = ("kernel", "precision", "machine_id", "settings_hash")

@@ -10,7 +10,6 @@ batches, and a run resumed at an epoch sees what an undisturbed one would have s
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,17 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snnbench.data.base import Data, Split
 from snnbench.errors import DivergedError
 from snnbench.measure.clock import StepClock, synchronize
+from snnbench.measure.gradients import fidelity
 from snnbench.measure.memory import peak_bytes, reset_peak, saved_bytes
 from snnbench.measure.spikes import Meter
 from snnbench.methods.base import Method
 from snnbench.models.layer import Network
-from snnbench.spec import RunSpec, TrainConfig, digest, sub_seed
+from snnbench.recipe import Phase, learning_rate, make_optimizer, phases, smooth
+from snnbench.spec import RunSpec, digest, sub_seed
 
 PROBE_STEPS = 3
 AUGMENT_CHUNK = 4096
@@ -53,86 +53,120 @@ class Job:
 
 def train(job: Job) -> dict[str, Any]:
     """Train and evaluate; the metrics of the record. Raises DivergedError on a non-finite loss."""
-    spec, config, net = job.spec, job.spec.train, job.net
-    net.to(job.device)
-    train_split, val, test = (
-        s.to(job.device) for s in (job.data.train, job.data.val, job.data.test)
-    )
+    net = job.net.to(job.device)
+    splits = {
+        name: split.to(job.device)
+        for name, split in (
+            ("train", job.data.train),
+            ("val", job.data.val),
+            ("test", job.data.test),
+        )
+    }
     init_hash = hash_state(net)
-    metrics = probe(job, train_split)
+    metrics = probe(job, splits["train"])
 
     trainable, optimizer = prepare(job)
-    batch = min(config.batch_size, len(train_split))
-    epoch_steps = len(train_split) // batch
-    total = config.steps or config.epochs * epoch_steps  # type: ignore[operator]
-    epochs = math.ceil(total / epoch_steps)
-    state: dict[str, Any] = {"epoch": 0, "order_hash": "", "step_ms": [], "history": []}
+    batch = min(job.spec.train.batch_size, len(splits["train"]))
+    plan = phases(job.spec, len(splits["train"]) // batch)
+    state: dict[str, Any] = {
+        "epoch": 0, "order_hash": "", "step_ms": [], "history": [], "fidelity": [],
+    }  # fmt: skip
     if job.checkpoint is not None:
         state = resume(job, trainable, optimizer) or state
+    if state["epoch"] == 0:
+        measure_fidelity(job, splits["train"], plan, state)
 
-    clock, saved_at = StepClock(job.device), time.perf_counter()
-    for epoch in range(state["epoch"], epochs):
-        began = time.perf_counter()
-        torch.manual_seed(sub_seed(spec.seed, f"method:{epoch}"))
-        order = epoch_order(spec.seed, epoch, len(train_split))
-        state["order_hash"] = digest(state["order_hash"], order.numpy().tobytes())[:16]
-        loss_sum = torch.zeros((), device=job.device)
-        first, last = epoch * epoch_steps, min((epoch + 1) * epoch_steps, total)
-        net.train()
-        for step, (x_B, y_B) in zip(
-            range(first, last),
-            batches(job.data, train_split, order, batch, spec.seed, epoch),
-            strict=False,
-        ):
-            job.stop()
-            with clock.step():
-                lr = learning_rate(config, step, total, epoch_steps)
-                loss = train_step(job, trainable, optimizer, x_B, y_B, lr, step / total)
-            loss_sum += loss
-            if (job.device.type == "cpu" or step % 100 == 0) and not loss.isfinite():
-                raise DivergedError(f"the loss became {loss.item()} at step {step + 1} of {total}")
-        synchronize(job.device)
-        state["step_ms"] += clock.drain_ms()
-        train_s = time.perf_counter() - began
-        if not loss_sum.isfinite():
-            raise DivergedError(f"the loss was not finite in epoch {epoch + 1} of {epochs}")
-
-        began = time.perf_counter()
-        evaluates = (epoch + 1) % config.eval_every == 0 or epoch + 1 == epochs
-        event = {
-            "event": "epoch",
-            "epoch": epoch + 1,
-            "epochs": epochs,
-            "train_loss": loss_sum.item() / (last - first),
-            "lr": learning_rate(config, last - 1, total, epoch_steps),
-            "val_acc": accuracy(job, val) if evaluates else None,
-            "test_acc": accuracy(job, test) if evaluates else None,
-            "train_s": train_s,
-            "eval_s": time.perf_counter() - began,
-        }
-        state["history"].append(event)
-        state["epoch"] = epoch + 1
-        job.emit(event)
-        if time.perf_counter() - saved_at > CHECKPOINT_EVERY_S:
-            weights = {"trainable": trainable.state_dict(), "optimizer": optimizer.state_dict()}
-            job.save(state | weights)
-            saved_at = time.perf_counter()
+    saved_at = time.perf_counter()
+    for phase in plan:
+        if state["epoch"] == phase.first > 0:
+            optimizer = make_optimizer(phase.recipe, trainable)
+            state["step_ms"] = []
+        for epoch in range(max(state["epoch"], phase.first), phase.end):
+            event = train_epoch(
+                job, trainable, optimizer, splits["train"], plan, phase, epoch, state
+            )
+            began = time.perf_counter()
+            due = (epoch + 1) % job.spec.train.eval_every == 0 or epoch + 1 == phase.end
+            event["val_acc"] = accuracy(job, splits["val"], phase.T) if due else None
+            event["test_acc"] = accuracy(job, splits["test"], phase.T) if due else None
+            event["eval_s"] = time.perf_counter() - began
+            state["epoch"] = epoch + 1
+            state["history"].append(event)
+            measure_fidelity(job, splits["train"], plan, state)
+            job.emit(event)
+            if time.perf_counter() - saved_at > CHECKPOINT_EVERY_S:
+                weights = {"trainable": trainable.state_dict(), "optimizer": optimizer.state_dict()}
+                job.save(state | weights)
+                saved_at = time.perf_counter()
 
     began = time.perf_counter()
-    metrics |= count_spikes(job, test)
+    metrics |= count_spikes(job, splits["test"])
+    if metrics["firing_rate"] is None:
+        why = "no spiking neuron in the network"
+        metrics["nulls"] |= dict.fromkeys(("spikes_per_sample", "firing_rate"), why)
+    metrics["test_acc_with_heads"] = accuracy_with_heads(job, splits["test"])
     metrics["measure_s"] += time.perf_counter() - began
-    return (
-        metrics
-        | summary(state)
-        | {
-            "epochs": epochs,
-            "params_train": sum(p.numel() for p in trainable.parameters()),
-            "params_infer": sum(p.numel() for p in net.parameters()),
-            "init_hash": init_hash,
-            "order_hash": state["order_hash"],
-            "history": state["history"],
-        }
-    )
+    return {
+        **metrics,
+        **summary(state, first=plan[-1].first),
+        "epochs": plan[-1].end,
+        "params_train": sum(p.numel() for p in trainable.parameters()),
+        "params_infer": sum(p.numel() for p in net.parameters()),
+        "init_hash": init_hash,
+        "order_hash": state["order_hash"],
+        "history": state["history"],
+        "fidelity": state["fidelity"],
+    }
+
+
+def train_epoch(
+    job: Job,
+    trainable: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    plan: list[Phase],
+    phase: Phase,
+    epoch: int,
+    state: dict[str, Any],
+) -> dict[str, Any]:
+    """All steps of one epoch, timed; its event, without accuracies."""
+    began = time.perf_counter()
+    seed, recipe = job.spec.seed, phase.recipe
+    torch.manual_seed(sub_seed(seed, f"method:{epoch}"))
+    order = epoch_order(seed, epoch, len(split))
+    state["order_hash"] = digest(state["order_hash"], order.numpy().tobytes())[:16]
+    batch = min(recipe.batch_size, len(split))
+    epoch_steps = len(split) // batch
+    first = (epoch - phase.first) * epoch_steps
+    last = min(first + epoch_steps, phase.steps)
+    total, before = sum(p.steps for p in plan), sum(p.steps for p in plan if p.first < phase.first)
+    clock, loss_sum = StepClock(job.device), torch.zeros((), device=job.device)
+    job.net.train()
+    feed = batches(job.data, split, order, batch, seed, epoch)
+    for step, (x_B, y_B) in zip(range(first, last), feed, strict=False):
+        job.stop()
+        lr = learning_rate(recipe, step, phase.steps, epoch_steps)
+        with clock.step():
+            progress = (before + step) / total
+            loss = train_step(job, trainable, optimizer, x_B, y_B, phase.T, lr, progress)
+        loss_sum += loss
+        if (job.device.type == "cpu" or step % 100 == 0) and not loss.isfinite():
+            raise DivergedError(
+                f"the loss became {loss.item()} at step {before + step + 1} of {total}"
+            )
+    synchronize(job.device)
+    state["step_ms"] += clock.drain_ms()
+    if not loss_sum.isfinite():
+        raise DivergedError(f"the loss was not finite in epoch {epoch + 1} of {plan[-1].end}")
+    return {
+        "event": "epoch",
+        "epoch": epoch + 1,
+        "epochs": plan[-1].end,
+        "T": phase.T,
+        "train_loss": loss_sum.item() / (last - first),
+        "lr": lr,
+        "train_s": time.perf_counter() - began,
+    }
 
 
 def prepare(job: Job) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -144,38 +178,13 @@ def prepare(job: Job) -> tuple[nn.Module, torch.optim.Optimizer]:
     return trainable, make_optimizer(job.spec.train, trainable)
 
 
-def make_optimizer(config: TrainConfig, trainable: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer; weight decay on convolution and linear weights only."""
-    parameters = [p for p in trainable.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr)
-
-
-def learning_rate(config: TrainConfig, step: int, total: int, epoch_steps: int) -> float:
-    """Rate for one step, counted from 0: linear warm-up, then the schedule."""
-    warmup = round(config.warmup_epochs * epoch_steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule == "cosine":
-        done = (step - warmup) / max(1, total - warmup)
-        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-    if config.schedule == "step":
-        return config.lr * config.step_gamma ** int(step / epoch_steps / config.step_epochs)
-    return config.lr
-
-
 def train_step(
     job: Job,
     trainable: nn.Module,
     optimizer: torch.optim.Optimizer,
     x_B: Tensor,
     y_B: Tensor,
+    T: int,
     lr: float,
     progress: float,
 ) -> Tensor:
@@ -183,7 +192,7 @@ def train_step(
     config = job.spec.train
     optimizer.zero_grad(set_to_none=True)
     with autocast(job):
-        x_TB = job.data.encode(x_B, job.spec.T)
+        x_TB = job.data.encode(x_B, T)
         target = smooth(y_B, job.data.classes, config.label_smoothing)
         loss = job.method.backward(job.net, x_TB, target, progress)
     if config.clip_norm is not None:
@@ -192,13 +201,6 @@ def train_step(
         group["lr"] = lr
     optimizer.step()
     return loss
-
-
-def smooth(y_B: Tensor, classes: int, smoothing: float) -> Tensor:
-    """Class indices [B], or class probabilities [B, K] under label smoothing."""
-    if smoothing == 0:
-        return y_B
-    return F.one_hot(y_B, classes) * (1 - smoothing) + smoothing / classes
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
@@ -231,7 +233,9 @@ def autocast(job: Job) -> contextlib.AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def accuracy(job: Job, split: Split) -> float:
+def accuracy(
+    job: Job, split: Split, T: int, forward: Callable[[Tensor], Tensor] | None = None
+) -> float:
     """Share of samples whose largest time-mean logit is that of their class."""
     job.net.eval()
     correct = torch.zeros((), dtype=torch.int64, device=job.device)
@@ -239,9 +243,33 @@ def accuracy(job: Job, split: Split) -> float:
     for x_B, y_B in zip(split.x.split(size), split.y.split(size), strict=True):
         job.stop()
         with autocast(job):
-            logits_TBK = job.net(job.data.encode(x_B, job.spec.T))
+            logits_TBK = (forward or job.net)(job.data.encode(x_B, T))
         correct += (logits_TBK.mean(0).argmax(1) == y_B).sum()
     return correct.item() / len(split)
+
+
+def accuracy_with_heads(job: Job, split: Split) -> float | None:
+    """Accuracy of the logits with the method's auxiliary heads, for information; None without."""
+    T = job.spec.T
+    with torch.no_grad():
+        job.net.eval()
+        if job.method.predict(job.net, job.data.encode(split.x[:1], T)) is None:
+            return None
+    return accuracy(job, split, T, lambda x_TB: job.method.predict(job.net, x_TB))  # type: ignore[arg-type, return-value]
+
+
+def measure_fidelity(job: Job, split: Split, plan: list[Phase], state: dict[str, Any]) -> None:
+    """Compare the method's gradient with that of BPTT on one fixed batch, where that is due."""
+    wanted, epoch = job.spec.measure.gradient_fidelity, state["epoch"]
+    if wanted is None or (epoch % wanted.every and epoch < plan[-1].end):
+        return
+    phase = next((p for p in plan if epoch < p.end), plan[-1])
+    size = min(job.spec.train.batch_size, len(split))
+    x_TB = job.data.encode(split.x[:size], phase.T)
+    job.net.train()
+    with autocast(job):
+        seen = fidelity(job.method, job.net, x_TB, split.y[:size], epoch / plan[-1].end)
+    state["fidelity"].append({"epoch": epoch, "T": phase.T, **seen})
 
 
 @torch.no_grad()
@@ -278,7 +306,7 @@ def probe(job: Job, split: Split) -> dict[str, Any]:
         saved = saved_bytes(backward, known)
     why_not = reset_peak(job.device)
     for _ in range(PROBE_STEPS):
-        train_step(job, trainable, optimizer, x_B, y_B, job.spec.train.lr, 0.0)
+        train_step(job, trainable, optimizer, x_B, y_B, job.spec.T, job.spec.train.lr, 0.0)
     synchronize(job.device)
     peak: dict[str, Any] = {"peak_bytes": None} if why_not else peak_bytes(job.device)
 
@@ -311,10 +339,10 @@ def resume(
     return dict(saved)
 
 
-def summary(state: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy by the three selection rules, and the times, over all epochs."""
+def summary(state: dict[str, Any], first: int = 0) -> dict[str, Any]:
+    """Accuracy by the three selection rules, among the epochs of the last phase; the times."""
     history = state["history"]
-    evaluated = [e for e in history if e["test_acc"] is not None]
+    evaluated = [e for e in history if e["test_acc"] is not None and e["epoch"] > first]
     by_val = max(evaluated, key=lambda e: e["val_acc"])  # the first of equals
     p25, p50, p75 = np.percentile(state["step_ms"], [25, 50, 75]).tolist()
     return {

@@ -22,8 +22,9 @@ import torch
 
 from snnbench import machine, registry
 from snnbench.errors import DataError, DivergedError, ResultsError, SnnbenchError
-from snnbench.neurons import LIF
-from snnbench.spec import SCHEMA, RunSpec, sub_seed, validate
+from snnbench.methods import contract as contract_of_methods
+from snnbench.neurons import LIF, PRESETS, neuron_options
+from snnbench.spec import SCHEMA, RunSpec, did_you_mean, sub_seed, validate
 from snnbench.store import RunFolder, publish
 from snnbench.train import Job, train
 
@@ -71,7 +72,12 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         | checked("methods", entry["name"], {k: v for k, v in entry.items() if k != "name"}, path)
         for path, entry in request["methods"]
     ]
-    neuron = validate(LIF, request["neuron"], errors, "neuron")
+    neuron = None
+    try:
+        neuron = validate(LIF, neuron_options(request["neuron"]), errors, "neuron")
+    except KeyError as error:
+        name = str(error.args[0])
+        errors.append(f'neuron = "{name}": unknown preset{did_you_mean(name, PRESETS)}')
     return {
         "errors": list(dict.fromkeys(errors)),
         "data": data,
@@ -79,6 +85,18 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         "neuron": {} if neuron is None else asdict(neuron),
         "methods": methods,
     }
+
+
+def contract(request: dict[str, Any]) -> dict[str, Any]:
+    """The clauses of the method contract for the method `name`, as data."""
+    try:
+        method = registry.find("methods", request["name"]).load()
+    except SnnbenchError as error:
+        return {"errors": [str(error)], "checks": []}
+    checks = contract_of_methods.check(
+        lambda options: method(_config(method.Config, options)), method.bptt_limit[0]
+    )
+    return {"errors": [], "checks": [asdict(c) for c in checks]}
 
 
 def main(folder: str, context: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
@@ -166,13 +184,13 @@ def _train(
     dataset = _build("datasets", spec.dataset, spec.data)
     data = dataset.load(Path(context.data_root), context.allow_unverified_data)
 
+    method = _build("methods", spec.method, spec.method_config)
     torch.manual_seed(sub_seed(spec.seed, "init"))
     Model = registry.find("models", spec.model).load()
     options = _config(Model.Config, spec.model_options)
-    net = Model(options, data.shape, data.classes, _config(LIF, spec.neuron))
+    net = Model(options, data.shape, data.classes, method.neuron or _config(LIF, spec.neuron))
     for layer in net.layers().values():
         layer.scan = kernel.scan
-    method = _build("methods", spec.method, spec.method_config)
     if why := method.supports(net, spec.T):
         raise RunSkipped(why)
 

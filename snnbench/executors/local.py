@@ -92,9 +92,9 @@ class LocalExecutor:
         """Start the run of this folder."""
         return self._spawn("main", [str(folder.path), context])
 
-    def resolve(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Let the components validate a suite's options; see `worker.resolve`."""
-        handle = self._spawn("resolve", [request])
+    def call(self, task: str, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer of a function of the worker, such as `resolve`, run in a child."""
+        handle = self._spawn(task, [request])
         answer: dict[str, Any] | None = None
         while answer is None and handle.alive:
             answer = next(handle.messages(0.2), None)
@@ -102,7 +102,7 @@ class LocalExecutor:
         handle.close()
         if "errors" not in answer:
             raise WorkerError(
-                "the worker process ended before it could check the suite: "
+                f"the worker process ended before it could answer '{task}': "
                 f"{answer.get('reason') or handle.death() or 'no reason given'}"
             )
         return answer
@@ -139,10 +139,10 @@ def _child(task: str, arguments: str, pipe: Connection) -> None:
 
     try:
         worker = importlib.import_module(WORKER)
-        if task == "resolve":
-            send(worker.resolve(*json.loads(arguments)))
-        else:
+        if task == "main":
             worker.main(*json.loads(arguments), send)
+        else:
+            send(getattr(worker, task)(*json.loads(arguments)))
     except Exception as error:
         send({"event": "crash", "reason": f"{type(error).__name__}: {error}"})
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from snnbench.neurons import LIF
+from snnbench.neurons import LIF, ReLU
 
 source = "plain torch, one autograd node per operation and timestep"
 
@@ -14,6 +14,6 @@ def unavailable() -> str | None:
     return None
 
 
-def scan(neuron: LIF, c_TB: Tensor) -> Tensor:
+def scan(neuron: LIF | ReLU, c_TB: Tensor) -> Tensor:
     """Spikes s_TB of a population at rest that is fed the current c_TB."""
     return neuron.scan(c_TB)

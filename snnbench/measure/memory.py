@@ -10,23 +10,36 @@ from torch import Tensor
 
 
 def saved_bytes(step: Callable[[], object], known: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for backward during `step`, each storage counted once.
+    """Most bytes that autograd keeps for backward at one time during `step`.
 
-    Storages of `known` tensors (parameters, buffers, the input batch) exist anyway and do not
-    count.  The figure is deterministic: it depends on no allocator and no clock.
+    Each storage counts once. Storages of `known` tensors (parameters, buffers, the input batch)
+    exist anyway and do not count. The figure is deterministic: no allocator, no clock.
     """
     ours = {t.untyped_storage().data_ptr() for t in known}
-    seen: dict[int, torch.UntypedStorage] = {}
+    held: dict[int, int] = {}  # storage -> how many saved tensors refer to it
+    live = peak = 0
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ours:
-            seen[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
-        return tensor
+    class Saved:
+        """A saved tensor; its end is the end of autograd's interest in it."""
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal live, peak
+            self.tensor, storage = tensor, tensor.untyped_storage()
+            self.key = 0 if storage.data_ptr() in ours else storage.data_ptr()
+            if self.key:
+                held[self.key] = held.get(self.key, 0) + 1
+                live += storage.nbytes() if held[self.key] == 1 else 0
+                peak = max(peak, live)
+
+        def __del__(self) -> None:
+            nonlocal live
+            if self.key:
+                held[self.key] -= 1
+                live -= self.tensor.untyped_storage().nbytes() if held[self.key] == 0 else 0
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
         step()
-    return sum(storage.nbytes() for storage in seen.values())
+    return peak
 
 
 def reset_peak(device: torch.device) -> str | None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from snnbench.models.layer import Layer, Network, over_time, weighted
+from snnbench.neurons import LIF
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Meter:
         for synapse, x, c in zip(layer.synapses, x_TB, counts.synapses, strict=True):
             self._count_synapse(synapse, x, c)
         s_TB: Tensor = layer(*x_TB)
-        if layer.neuron is not None:
+        if isinstance(layer.physics, LIF):
             counts.spikes += s_TB.count_nonzero()
             counts.neuron_steps += s_TB.numel()
         return s_TB
@@ -83,8 +84,8 @@ class Meter:
         spikes = sum(int(c.spikes) for c in self._counts.values())
         neuron_steps = sum(c.neuron_steps for c in self._counts.values())
         return {
-            "spikes_per_sample": spikes / samples,
-            "firing_rate": spikes / neuron_steps,
+            "spikes_per_sample": spikes / samples if neuron_steps else None,
+            "firing_rate": spikes / neuron_steps if neuron_steps else None,
             "sops_per_sample": sum(entry["sops_per_sample"] for entry in layers),
             "macs_per_sample": sum(entry["macs_per_sample"] for entry in layers),
             "layers": layers,
@@ -92,7 +93,7 @@ class Meter:
 
     def _layer(self, layer: Layer, counts: _Counts, samples: int) -> dict[str, Any]:
         fed = [(bool(s.integer), int(s.weighted_spikes), s.dense) for s in counts.synapses]
-        spiking = layer.neuron is not None
+        spiking = isinstance(layer.physics, LIF)
         return {
             "layer": self._names[layer],
             "spikes_per_sample": int(counts.spikes) / samples if spiking else None,

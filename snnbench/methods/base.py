@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snnbench.models.layer import Layer, Network
+from snnbench.neurons import ReLU
 
-HOOKS = ("prepare", "run", "observe", "readout", "loss", "loss_scale", "backward")
+HOOKS = ("prepare", "run", "observe", "readout", "loss", "loss_scale", "backward", "predict")
 
 
 class Method:
@@ -25,6 +26,8 @@ class Method:
         """Hyper-parameters, validated from the suite's [[method]] table."""
 
     source: ClassVar[str]
+    # Set by a method that trains another kind of neuron than the suite's.
+    neuron: ClassVar[ReLU | None] = None
     # Hyper-parameters and T (None: any) at which the gradients must equal those of BPTT.
     bptt_limit: ClassVar[tuple[dict[str, Any], int | None]] = ({}, None)
 
@@ -58,6 +61,10 @@ class Method:
     def loss_scale(self, T: int) -> float:
         """Constant factor on all gradients that belongs to the method's definition."""
         return 1.0
+
+    def predict(self, net: Network, x_TB: Tensor) -> Tensor | None:
+        """Logits with the auxiliary parts, logged for information; None where there are none."""
+        return None
 
     def backward(self, net: Network, x_TB: Tensor, target: Tensor, progress: float) -> Tensor:
         """Fill `.grad` of every trainable parameter; the loss comes back, detached."""

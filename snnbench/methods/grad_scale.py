@@ -18,10 +18,10 @@ alpha = 0.1 as in its configurations, and post-synaptic traces of the post-synap
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import exp
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +40,21 @@ class GradScale(Method):
 
     @dataclass(frozen=True)
     class Config:
-        """`alpha` is the largest share of a gradient that can be taken away."""
+        """`alpha` is the largest share of a gradient that can be taken away.
+
+        `post_source` "pre" uses the pre-synaptic trace twice, and `layers` "equal_shape" scales
+        only where both populations have one shape, as the repository does; `trace_time` "final"
+        uses the traces of the last timestep throughout.
+        """
 
         alpha: Annotated[float, Ge(0), Le(1)] = 0.1
+        post_source: Literal["post", "pre"] = "post"
+        trace_time: Literal["matching", "final"] = "matching"
+        layers: Literal["all", "equal_shape"] = "all"
+
+        def __post_init__(self) -> None:
+            if self.post_source == "pre" and self.layers == "all":
+                raise ValueError('post_source = "pre" needs layers = "equal_shape"')
 
     source = "Park et al. 2023 (gradient scaling), ICML workshop, arXiv 2308.00558"
     bptt_limit = ({"alpha": 0.0}, None)
@@ -64,7 +76,7 @@ class GradScale(Method):
         before, op, after = weighted(synapse)
         for part in before:
             x_TB = over_time(part, x_TB)
-        c_TB: Tensor = _ScaledWeight.apply(x_TB, op.weight, op, post, self.config.alpha)
+        c_TB: Tensor = _ScaledWeight.apply(x_TB, op.weight, op, post, self.config)
         if op.bias is not None:
             c_TB = c_TB + op.bias.to(c_TB.dtype).view(-1, *(1 for _ in c_TB.shape[3:]))
         for part in after:
@@ -83,11 +95,11 @@ class _ScaledWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TB: Tensor, weight: Tensor, op: nn.Module, post: _Post, alpha: float
+        ctx: Any, x_TB: Tensor, weight: Tensor, op: nn.Module, post: _Post, config: Any
     ) -> Tensor:
         c_TB = over_time(lambda x: _apply(op, x, weight), x_TB)
         ctx.save_for_backward(x_TB.to(c_TB.dtype), weight)  # autocast decides the dtype
-        ctx.op, ctx.post, ctx.alpha = op, post, alpha
+        ctx.op, ctx.post, ctx.config = op, post, config
         return c_TB
 
     @staticmethod
@@ -97,11 +109,17 @@ class _ScaledWeight(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _input_grad(ctx.op, x_TB, weight.to(g_TB.dtype), g_TB)
-        post_TB = ctx.post.s_TB.to(x_TB.dtype)
-        pairs = zip(x_TB, g_TB, traces(x_TB), traces(post_TB), strict=True)
+        config, post_TB = ctx.config, ctx.post.s_TB.to(x_TB.dtype)
+        if config.layers == "equal_shape" and post_TB.shape != x_TB.shape:
+            grad_w = weight_grad(ctx.op, x_TB.flatten(0, 1), g_TB.flatten(0, 1))
+            return grad_x, grad_w.to(weight.dtype), None, None, None
+        post_TB = x_TB if config.post_source == "pre" else post_TB
+        pairs: Iterable[tuple[Tensor, Tensor]] = zip(traces(x_TB), traces(post_TB), strict=True)
+        if config.trace_time == "final":
+            pairs = [list(pairs)[-1]] * len(x_TB)
         grad_w = torch.zeros_like(weight)
-        for x, g, pre, post in pairs:
-            scale = gradient_scale(weight_grad(ctx.op, pre, post), ctx.alpha)
+        for x, g, (pre, post) in zip(x_TB, g_TB, pairs, strict=True):
+            scale = gradient_scale(weight_grad(ctx.op, pre, post), config.alpha)
             grad_w += weight_grad(ctx.op, x, g) * scale
         return grad_x, grad_w, None, None, None
 

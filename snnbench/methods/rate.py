@@ -10,10 +10,13 @@ act on means exactly; BatchNorm has the values of the spikes' statistics and the
 means' statistics.  Every tensor therefore carries the *value* of the spikes and the *gradient* of
 the rate, and autograd keeps no tensor of length T.
 
-    loss_scale "1/T"  as in the authors' code: the gradient of loss / T (default)
-               "1"    equal raw gradients: at T = 1 those of BPTT
+    loss_scale "1/T"     as in the authors' code: the gradient of loss / T (default)
+               "1"       equal raw gradients: at T = 1 those of BPTT
+    step_mode  "multi"   rate_M: all timesteps of a layer, then the next layer (default)
+               "single"  rate_S: all layers of a timestep, then the next timestep; BatchNorm sees
+                         one timestep at a time, the mean input drives the pass on means
 
-Source: Yu et al., NeurIPS 2024, arXiv 2410.11488, section 4 and appendix B (rate_M).
+Source: Yu et al., NeurIPS 2024, arXiv 2410.11488, section 4 and appendix B.
 """
 
 from __future__ import annotations
@@ -31,21 +34,26 @@ from snnbench.neurons import LIF, wide
 
 
 class Rate(Method):
-    """Spikes forward, mean rates backward: memory flat in T; overrides run, loss_scale."""
+    """Spikes forward, mean rates backward: memory flat in T; overrides run, backward and more."""
 
     @dataclass(frozen=True)
     class Config:
-        """`loss_scale` is the constant factor on all gradients."""
+        """`loss_scale` is the constant factor on all gradients, `step_mode` the order of loops."""
 
         loss_scale: Literal["1/T", "1"] = "1/T"
+        step_mode: Literal["multi", "single"] = "multi"
 
     source = "Yu et al. 2024 (rate-based backpropagation), NeurIPS, arXiv 2410.11488"
     bptt_limit = ({"loss_scale": "1"}, 1)
 
     def supports(self, net: Network, T: int) -> str | None:
-        """The maximum of means is not the mean of maxima: max pooling has no rate."""
-        pools = any(isinstance(m, nn.MaxPool2d | nn.AdaptiveMaxPool2d) for m in net.modules())
-        return "max pooling does not commute with the mean over time" if pools else None
+        """Max pooling has no rate, but on a static stem; a learned decay gets no gradient."""
+        first, *later = net.layers().values()
+        if any(isinstance(m, nn.MaxPool2d) for layer in later for m in layer.modules()):
+            return "max pooling of spikes does not commute with the mean over time"
+        if any(getattr(layer.neuron, "learn_decay", False) for layer in (first, *later)):
+            return "a learned decay gets no gradient from mean rates"
+        return None
 
     def loss_scale(self, T: int) -> float:
         """Factor on all gradients."""
@@ -62,6 +70,80 @@ class Rate(Method):
         s_TB, elig = spikes_and_eligibility(layer.neuron, c_TB)
         return straight_through(s_TB, elig * c_B)
 
+    def backward(self, net: Network, x_TB: Tensor, target: Tensor, progress: float) -> Tensor:
+        """Fill `.grad`; in single-step mode the whole network runs T times, then once on means."""
+        if self.config.step_mode == "multi":
+            return super().backward(net, x_TB, target, progress)
+        memory: dict[Layer, _Running] = {}
+
+        def spike(layer: Layer, *x_1B: Tensor) -> Tensor:
+            return memory.setdefault(layer, _Running(layer)).step(*x_1B)
+
+        def rate(layer: Layer, *r_1B: Tensor) -> Tensor:
+            s_1B = memory[layer].rate(*r_1B)
+            self.observe(layer, s_1B)
+            return s_1B
+
+        with torch.no_grad():
+            value_TBK = torch.cat([net(x_B[None], spike) for x_B in x_TB])
+        logits_TBK = straight_through(value_TBK, net(x_TB.mean(0)[None], rate)[0])
+        loss = self.loss(self.readout(logits_TBK, progress), target, progress)
+        (self.loss_scale(len(x_TB)) * loss).backward()
+        return loss.detach()
+
+
+class _Running:
+    """What one layer keeps of all timesteps in single-step mode: running means, no spikes."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.T = layer, 0
+        self.v: Tensor | None = None
+        self.rho = self.elig = self.spikes = torch.zeros(())
+        self.norms: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def step(self, *x_1B: Tensor) -> Tensor:
+        """Spikes (or current) of one timestep; BatchNorm sees this timestep alone."""
+        c_1B = [self._spike_synapse(f, x) for f, x in zip(self.layer.synapses, x_1B, strict=True)]
+        c = sum(c_1B[1:], start=c_1B[0])[0]
+        self.T += 1
+        neuron = self.layer.neuron
+        if neuron is None:
+            return c[None]
+        s, v_pre, self.v = neuron.step(c, self.v)
+        self.rho = neuron.gain + self.rho
+        self.elig = self.elig + neuron.fire_grad(v_pre) * self.rho
+        self.rho = neuron.carry(v_pre, s) * self.rho
+        self.spikes = self.spikes + s
+        s_1B: Tensor = s.to(c.dtype)[None]
+        return s_1B
+
+    def _spike_synapse(self, synapse: nn.Module, x_1B: Tensor) -> Tensor:
+        for part in parts_of(synapse):
+            if isinstance(part, nn.BatchNorm2d) and part.training:
+                var, mean = _statistics(x_1B[0])
+                old_mean, old_inverse = self.norms.get(part, (0.0, 0.0))
+                self.norms[part] = (old_mean + mean, old_inverse + 1 / (var + part.eps))
+            x_1B = over_time(part, x_1B)
+        return x_1B
+
+    def rate(self, *r_1B: Tensor) -> Tensor:
+        """The mean rate (or current) of all timesteps, with its gradient."""
+        c = [self._rate_synapse(f, r[0]) for f, r in zip(self.layer.synapses, r_1B, strict=True)]
+        c_B = sum(c[1:], start=c[0])
+        if self.layer.neuron is None:
+            return c_B[None]
+        return straight_through(self.spikes / self.T, self.elig / self.T * c_B)[None]
+
+    def _rate_synapse(self, synapse: nn.Module, r_B: Tensor) -> Tensor:
+        for part in parts_of(synapse):
+            if isinstance(part, nn.BatchNorm2d) and part in self.norms:
+                mean, inverse = self.norms[part]
+                # The paper's mean of reciprocals; its code uses the last step's, with eps twice.
+                r_B = _normalise(part, mean / self.T, self.T / inverse - part.eps, r_B)
+            else:
+                r_B = part(r_B)
+        return r_B
+
 
 def straight_through(value_TB: Tensor, rate_B: Tensor) -> Tensor:
     """Value of `value_TB`; its time-mean has the gradient of `rate_B`."""
@@ -72,24 +154,31 @@ def straight_through(value_TB: Tensor, rate_B: Tensor) -> Tensor:
 def spikes_and_eligibility(neuron: LIF, c_TB: Tensor) -> tuple[Tensor, Tensor]:
     """Spikes s_TB of the current c_TB, and the eligibility elig [B, ...]."""
     v: Tensor | None = None
-    rho = torch.ones_like(wide(c_TB[0]))
+    rho = torch.full_like(wide(c_TB[0]), neuron.gain)
     elig = torch.zeros_like(rho)
     s_T = []
     for c in c_TB:
         s, v_pre, v = neuron.step(c, v)
         elig += neuron.fire_grad(v_pre) * rho
-        rho = 1 + neuron.carry(v_pre, s) * rho
+        rho = neuron.gain + neuron.carry(v_pre, s) * rho
         s_T.append(s)
     s_TB = torch.cat(s_T).to(c_TB.dtype).unflatten(0, c_TB.shape[:2])
     return s_TB, elig / len(s_T)
 
 
+def parts_of(synapse: nn.Module) -> Iterable[nn.Module]:
+    """The modules of a synapse, in order."""
+    return synapse if isinstance(synapse, nn.Sequential) else [synapse]
+
+
 def rate_synapse(synapse: nn.Module, x_TB: Tensor) -> tuple[Tensor, Tensor]:
     """Output of the synapse on every timestep, without gradient, and on the mean input, with."""
-    parts: Iterable[nn.Module] = synapse if isinstance(synapse, nn.Sequential) else [synapse]
+    static = x_TB.stride(0) == 0
     value_TB, rate_B = x_TB.detach(), x_TB.mean(0)
-    for part in parts:
-        if isinstance(part, nn.BatchNorm2d | nn.BatchNorm1d) and part.training:
+    for part in parts_of(synapse):
+        if isinstance(part, nn.MaxPool2d) and not static:
+            raise ValueError("max pooling of input that varies in time has no rate gradient")
+        if isinstance(part, nn.BatchNorm2d) and part.training:
             rate_B = rate_batch_norm(part, value_TB, rate_B)
         else:
             rate_B = part(rate_B)
@@ -98,15 +187,24 @@ def rate_synapse(synapse: nn.Module, x_TB: Tensor) -> tuple[Tensor, Tensor]:
     return value_TB, rate_B
 
 
-def rate_batch_norm(bn: nn.BatchNorm1d | nn.BatchNorm2d, c_TB: Tensor, c_B: Tensor) -> Tensor:
+def rate_batch_norm(bn: nn.BatchNorm2d, c_TB: Tensor, c_B: Tensor) -> Tensor:
     """BatchNorm of mean currents: values of the spikes' statistics, Jacobian of the means'."""
-    per_channel = [1, -1] + [1] * (c_B.dim() - 2)
-    dims = [d for d in range(c_B.dim()) if d != 1]
-    with torch.no_grad():
-        var_TB, mean_TB = torch.var_mean(c_TB.flatten(0, 1), dims, correction=0, keepdim=True)
-    mean = c_B.mean(dims, keepdim=True)
-    centred = c_B - (mean_TB + (mean - mean.detach()))
-    var = centred.square().mean(dims, keepdim=True)
-    var = var_TB + (var - var.detach())
-    normed = centred * torch.rsqrt(var + bn.eps)
-    return normed * bn.weight.view(per_channel) + bn.bias.view(per_channel)
+    var, mean = _statistics(c_TB.detach().flatten(0, 1))
+    return _normalise(bn, mean, var, c_B)
+
+
+def _statistics(c_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean per channel, [1, C, 1, 1]."""
+    var, mean = torch.var_mean(c_B, (0, 2, 3), correction=0, keepdim=True)
+    return var, mean
+
+
+def _normalise(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, c_B: Tensor) -> Tensor:
+    """Normalised c_B: the statistics' values as given, their gradients those of c_B."""
+    own = c_B.mean((0, 2, 3), keepdim=True)
+    centred = c_B - (mean + (own - own.detach()))
+    own = centred.square().mean((0, 2, 3), keepdim=True)
+    normed = centred * torch.rsqrt((var + (own - own.detach())).clamp_min(0) + bn.eps)
+    weight = bn.weight * getattr(bn, "scale", 1.0)
+    out: Tensor = normed * weight.view(1, -1, 1, 1) + bn.bias.view(1, -1, 1, 1)
+    return out

@@ -9,7 +9,7 @@ so receives the output error directly.  The heads are gone at inference.
     constant      lambda = lambda0; the paper's "shortcut" rows have lambda0 = 1
 
 Source: Guo et al., NeurIPS 2024, arXiv 2401.04486, section 4.  No code is published; where the
-branches attach is read from figure 1 as "after each stage".
+branches attach is read from figure 1 as "after each stage"; `heads = "block"` is the alternative.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from snnbench.models.layer import Layer, Network, over_time
 
 
 class Shortcut(Method):
-    """Linear heads on inner stages added to the output; overrides prepare, observe, readout."""
+    """Linear heads on inner stages, added to the output; overrides prepare, observe, readout."""
 
     @dataclass(frozen=True)
     class Config:
-        """How the weight of the added logits runs over training."""
+        """How the weight of the added logits runs over training, and where heads attach."""
 
         schedule: Literal["evolutionary", "constant"] = "evolutionary"
         lambda0: Annotated[float, Ge(0)] = 0.25
+        heads: Literal["stage", "block"] = "stage"
 
     source = "Guo et al. 2024 (Take A Shortcut Back), NeurIPS, arXiv 2401.04486"
     bptt_limit = ({"lambda0": 0.0}, None)
@@ -44,12 +45,14 @@ class Shortcut(Method):
 
     def supports(self, net: Network, T: int) -> str | None:
         """A network without an inner stage has nothing to attach a head to."""
-        return None if net.taps() else "the network has no stage before its last to attach a head"
+        each = self.config.heads
+        return None if net.taps(each) else f"the network has no inner {each} to attach a head to"
 
     def prepare(self, net: Network) -> nn.Module:
         """One linear head per tapped stage."""
-        heads = nn.ModuleList(nn.Linear(width, net.classes) for _, width in net.taps())
-        self._heads = [(layer, head) for (layer, _), head in zip(net.taps(), heads, strict=True)]
+        taps = net.taps(self.config.heads)
+        heads = nn.ModuleList(nn.Linear(width, net.classes) for _, width in taps)
+        self._heads = [(layer, head) for (layer, _), head in zip(taps, heads, strict=True)]
         return heads
 
     def observe(self, layer: Layer, s_TB: Tensor) -> None:
@@ -69,3 +72,13 @@ class Shortcut(Method):
             pooled_TBC = s_TB.flatten(3).mean(3) if s_TB.dim() > 3 else s_TB
             logits_TBK = logits_TBK + self.weight(progress) * over_time(head, pooled_TBC)
         return logits_TBK
+
+    def predict(self, net: Network, x_TB: Tensor) -> Tensor:
+        """Logits with the heads, as weighted at the end of training."""
+
+        def look(layer: Layer, *x: Tensor) -> Tensor:
+            s_TB: Tensor = layer(*x)
+            self.observe(layer, s_TB)
+            return s_TB
+
+        return self.readout(net(x_TB, look), 1.0)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 from torch import Tensor, nn
 
 from snnbench.models.layer import Layer, Network, Run
-from snnbench.neurons import LIF
+from snnbench.neurons import LIF, ReLU
 
 
 class ConvNet(Network):
@@ -23,7 +23,9 @@ class ConvNet(Network):
 
     source = "a small network for laptops and continuous integration"
 
-    def __init__(self, config: Any, shape: tuple[int, ...], classes: int, neuron: LIF) -> None:
+    def __init__(
+        self, config: Any, shape: tuple[int, ...], classes: int, neuron: LIF | ReLU
+    ) -> None:
         super().__init__(config, shape, classes, neuron)
         channels, height, width = shape
         w = config.width
@@ -36,7 +38,7 @@ class ConvNet(Network):
         """Logits of every timestep, [T, B, K]."""
         return run(self.readout, run(self.conv2, run(self.conv1, x_TB)))
 
-    def taps(self) -> list[tuple[Layer, int]]:
+    def taps(self, each: Literal["stage", "block"] = "stage") -> list[tuple[Layer, int]]:
         """The first convolution."""
         return [(self.conv1, self.config.width)]
 

@@ -7,13 +7,15 @@ time-first: x_TB is [T, B, ...].
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
-from snnbench.neurons import LIF
+from snnbench.neurons import LIF, ReLU
 
 Run = Callable[..., Tensor]
 
@@ -30,11 +32,22 @@ class Layer(nn.Module):
     Without a neuron it is a read-out: its output is the current itself.
     """
 
-    def __init__(self, *synapses: nn.Module, neuron: LIF | None) -> None:
+    def __init__(self, *synapses: nn.Module, neuron: LIF | ReLU | None) -> None:
         super().__init__()
         self.synapses = nn.ModuleList(synapses)
-        self.neuron = neuron
-        self.scan: Callable[[LIF, Tensor], Tensor] = LIF.scan
+        self.physics = neuron
+        self.scan: Callable[[Any, Tensor], Tensor] = reference_scan
+        if isinstance(neuron, LIF) and neuron.learn_decay:
+            self.decay_logit = nn.Parameter(torch.logit(torch.tensor(neuron.decay)))
+
+    @property
+    def neuron(self) -> Any:
+        """The population's physics, with the decay as learned so far; None for a read-out."""
+        if isinstance(self.physics, LIF) and self.physics.learn_decay:
+            learned = copy.copy(self.physics)
+            object.__setattr__(learned, "decay", torch.sigmoid(self.decay_logit))
+            return learned
+        return self.physics
 
     def current(self, *x_TB: Tensor) -> Tensor:
         """Input current c_TB: one input per synapse."""
@@ -44,7 +57,12 @@ class Layer(nn.Module):
     def forward(self, *x_TB: Tensor) -> Tensor:
         """Spikes s_TB, or the current where there is no neuron."""
         c_TB = self.current(*x_TB)
-        return c_TB if self.neuron is None else self.scan(self.neuron, c_TB)
+        return c_TB if self.physics is None else self.scan(self.neuron, c_TB)
+
+
+def reference_scan(neuron: LIF | ReLU, c_TB: Tensor) -> Tensor:
+    """Spikes of the current by the plain-torch physics."""
+    return neuron.scan(c_TB)
 
 
 class TdBatchNorm2d(nn.BatchNorm2d):
@@ -80,7 +98,9 @@ class Network(nn.Module):
 
     source: ClassVar[str]
 
-    def __init__(self, config: Any, shape: tuple[int, ...], classes: int, neuron: LIF) -> None:
+    def __init__(
+        self, config: Any, shape: tuple[int, ...], classes: int, neuron: LIF | ReLU
+    ) -> None:
         super().__init__()
         self.config, self.shape, self.classes, self.neuron = config, shape, classes, neuron
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 from torch import Tensor, nn
 
 from snnbench.models.layer import Layer, Network, Run
-from snnbench.neurons import LIF
+from snnbench.neurons import LIF, ReLU
 
 
 class MLP(Network):
@@ -26,7 +26,9 @@ class MLP(Network):
 
     source = "the textbook network; for tests and small studies"
 
-    def __init__(self, config: Any, shape: tuple[int, ...], classes: int, neuron: LIF) -> None:
+    def __init__(
+        self, config: Any, shape: tuple[int, ...], classes: int, neuron: LIF | ReLU
+    ) -> None:
         super().__init__(config, shape, classes, neuron)
         sizes = [prod(shape)] + [config.hidden] * config.depth
         self._hidden = [
@@ -42,6 +44,6 @@ class MLP(Network):
             x_TB = run(layer, x_TB)
         return run(self.readout, x_TB)
 
-    def taps(self) -> list[tuple[Layer, int]]:
+    def taps(self, each: Literal["stage", "block"] = "stage") -> list[tuple[Layer, int]]:
         """Every hidden layer but the last."""
         return [(layer, self.config.hidden) for layer in self._hidden[:-1]]

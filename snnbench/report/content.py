@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,13 @@ import pandas as pd
 from snnbench import tables
 from snnbench.stats import Estimate
 from snnbench.store import SuiteFolder
+from snnbench.suite import Claim, published_claims
+from snnbench.tables import Cell
+
+DASH = "–"
+PUBLISHED_COLUMNS = [
+    "method", "dataset", "model", "T", "published %", "measured, best test", "verdict", "source",
+]  # fmt: skip
 
 LEGEND = (
     "Accuracies are % of the test set. *last*: after the last epoch (headline). *best val*: at "
@@ -21,14 +30,6 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column: its key in the data, its heading, and how to write a value."""
-
-    key: str
-    heading: str
-
-
-@dataclass(frozen=True)
 class Report:
     """A title, lines above the table, the table, and notes below it."""
 
@@ -37,6 +38,7 @@ class Report:
     facts: list[str]
     columns: list[str]
     rows: list[list[str]]
+    published: list[list[str]]
     notes: list[str]
     records: list[dict[str, Any]]
 
@@ -46,25 +48,26 @@ def build(folder: SuiteFolder) -> Report:
     frame = tables.read_runs(folder)
     plan = folder.plan() or {}
     cells = tables.summarise(frame)
-    differing = tables.differing_settings(cells, frame)
     lifted, own = _split_constant(cells)
-    columns = ["method", *own, *differing, "last", "best val", "best test", "Δ last vs bptt",
-               "spikes", "rate", "SOPs", "MACs", "peak MiB", "saved MiB", "step ms"]  # fmt: skip
-    rows = [[cell.label, *(str(cell.conditions[k]) for k in (*own, *differing)), *_figures(cell)]
-            for cell in cells]  # fmt: skip
+    own += tables.differing_settings(cells)
+    figures = [*FIGURES, *(f for f in OPTIONAL if any(f[1](c) != DASH for c in cells))]
     suite = plan.get("suite", {})
     return Report(
         title=str(suite.get("name", folder.path.name)),
         claim=str(suite.get("claim", "")),
         facts=_facts(frame, lifted),
-        columns=columns,
-        rows=rows,
+        columns=["method", *own, *(heading for heading, _ in figures)],
+        rows=[
+            [c.label, *(str(c.conditions[k]) for k in own), *(write(c) for _, write in figures)]
+            for c in cells
+        ],
+        published=_published(str(suite.get("name", folder.path.name)), cells),
         notes=_notes(frame, plan),
         records=[_record(cell) for cell in cells],
     )
 
 
-def _split_constant(cells: list[tables.Cell]) -> tuple[dict[str, str], list[str]]:
+def _split_constant(cells: list[Cell]) -> tuple[dict[str, str], list[str]]:
     """Conditions equal in all cells are said once, above the table; the others are columns."""
     keys = ("T", "dataset", "model")
     values = {k: {str(c.conditions[k]) for c in cells} for k in keys}
@@ -72,27 +75,10 @@ def _split_constant(cells: list[tables.Cell]) -> tuple[dict[str, str], list[str]
     return lifted, [k for k in keys if k not in lifted]
 
 
-def _figures(cell: tables.Cell) -> list[str]:
-    e = cell.estimates
-    return [
-        percent(e["test_acc"], n=True),
-        percent(e["test_acc_best_val"]),
-        percent(e["test_acc_best_test"]),
-        percent(cell.vs_bptt, sign=True),
-        quantity(e["spikes_per_sample"]),
-        number(e["firing_rate"], 3),
-        quantity(e["sops_per_sample"]),
-        quantity(e["macs_per_sample"]),
-        number(e["peak_bytes"], 1, scale=2**-20),
-        number(e["saved_bytes"], 2, scale=2**-20),
-        number(e["step_ms_p50"], 2),
-    ]
-
-
 def percent(e: Estimate | None, n: bool = False, sign: bool = False) -> str:
     """`97.21 ± 1.03 (3)`; a dash where nothing was measured."""
     if e is None:
-        return "–"
+        return DASH
     text = f"{100 * e.mean:{'+' if sign else ''}.2f}"
     text += f" ± {100 * e.half:.2f}" if e.half is not None else ""
     return text + (f" ({e.n})" if n or (sign and e.half is None) else "")
@@ -101,7 +87,7 @@ def percent(e: Estimate | None, n: bool = False, sign: bool = False) -> str:
 def quantity(e: Estimate | None) -> str:
     """The mean with a k, M or G."""
     if e is None:
-        return "–"
+        return DASH
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(e.mean) >= size:
             return f"{e.mean / size:.3g} {unit}"
@@ -110,7 +96,70 @@ def quantity(e: Estimate | None) -> str:
 
 def number(e: Estimate | None, digits: int, scale: float = 1.0) -> str:
     """The mean with a fixed number of digits."""
-    return "–" if e is None else f"{e.mean * scale:.{digits}f}"
+    return DASH if e is None else f"{e.mean * scale:.{digits}f}"
+
+
+def _metric(name: str, write: Callable[..., str], *how: float) -> Callable[[Cell], str]:
+    return lambda cell: write(cell.estimates[name], *how)
+
+
+FIGURES: list[tuple[str, Callable[[Cell], str]]] = [
+    ("last", lambda cell: percent(cell.estimates["test_acc"], n=True)),
+    ("best val", _metric("test_acc_best_val", percent)),
+    ("best test", _metric("test_acc_best_test", percent)),
+    ("Δ last vs bptt", lambda cell: percent(cell.vs_bptt, sign=True)),
+    ("spikes", _metric("spikes_per_sample", quantity)),
+    ("rate", _metric("firing_rate", number, 3)),
+    ("SOPs", _metric("sops_per_sample", quantity)),
+    ("MACs", _metric("macs_per_sample", quantity)),
+    ("peak MiB", _metric("peak_bytes", number, 1, 2**-20)),
+    ("saved MiB", _metric("saved_bytes", number, 2, 2**-20)),
+    ("step ms", _metric("step_ms_p50", number, 2)),
+]
+# Shown where at least one cell has them.
+OPTIONAL: list[tuple[str, Callable[[Cell], str]]] = [
+    ("last with heads", _metric("test_acc_with_heads", percent)),
+    ("cos init", _metric("grad_cos_bptt_init", number, 3)),
+    ("norm ratio init", _metric("grad_norm_ratio_init", number, 3)),
+    ("cos", _metric("grad_cos_bptt", number, 3)),
+    ("norm ratio", _metric("grad_norm_ratio", number, 3)),
+]
+
+
+def _published(suite: str, cells: list[Cell]) -> list[list[str]]:
+    """Published figures beside those measured by the papers' rule, and the verdict."""
+    rows = []
+    for claim in published_claims():
+        if claim.suite != suite:
+            continue
+        keys = ("dataset", "model", "method", "T")
+        found = [c for c in cells if all(c.conditions[k] == getattr(claim, k) for k in keys)]
+        options = claim.options or {}
+        found = [
+            c for c in found if options.items() <= json.loads(c.conditions["method_config"]).items()
+        ]
+        for cell in found:
+            value = cell.estimates["test_acc_best_test"]
+            rows.append(
+                [
+                    cell.label, claim.dataset, claim.model, str(claim.T),
+                    f"{claim.value:.2f}" + ("" if claim.verified else " (unverified)"),
+                    percent(value, n=True), _verdict(claim, cell), claim.source,
+                ]
+            )  # fmt: skip
+    return rows
+
+
+def _verdict(claim: Claim, cell: Cell) -> str:
+    value = cell.estimates["test_acc_best_test"]
+    epochs = cell.estimates["epochs"]
+    if value is None or epochs is None:
+        return "not measured"
+    if epochs.mean != claim.epochs:
+        return f"not comparable: {epochs.mean:g} epochs, not {claim.epochs}"
+    difference = 100 * value.mean - claim.value
+    inside = abs(difference) <= claim.tolerance
+    return f"{'inside' if inside else 'outside'} ±{claim.tolerance:g} ({difference:+.2f})"
 
 
 def _facts(frame: pd.DataFrame, lifted: dict[str, str]) -> list[str]:
@@ -154,7 +203,7 @@ def _notes(frame: pd.DataFrame, plan: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _record(cell: tables.Cell) -> dict[str, Any]:
+def _record(cell: Cell) -> dict[str, Any]:
     """One summary row as numbers, for csv and json."""
     record: dict[str, Any] = {"label": cell.label, **cell.conditions, "n": cell.n}
     for name, e in (*cell.estimates.items(), ("test_acc_vs_bptt", cell.vs_bptt)):

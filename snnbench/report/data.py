@@ -6,7 +6,7 @@ import json
 
 import pandas as pd
 
-from snnbench.report.content import Report
+from snnbench.report.content import PUBLISHED_COLUMNS, Report
 
 
 def to_csv(report: Report) -> str:
@@ -23,6 +23,7 @@ def to_json(report: Report) -> str:
         "claim": report.claim,
         "facts": report.facts,
         "cells": cells,
+        "published": [dict(zip(PUBLISHED_COLUMNS, row, strict=True)) for row in report.published],
         "notes": report.notes,
     }
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snnbench.report.content import LEGEND, Report
+from snnbench.report.content import LEGEND, PUBLISHED_COLUMNS, Report
 
 _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\|<>*_`[]#"})
 
@@ -16,6 +16,10 @@ def render(report: Report) -> str:
     lines += ["", _row(report.columns), _row(["---"] + ["---:"] * (len(report.columns) - 1), False)]
     lines += [_row(row) for row in report.rows]
     lines += ["", LEGEND, ""]
+    if report.published:
+        lines += ["Published figures beside the best test epoch, the papers' own rule:", ""]
+        lines += [_row(PUBLISHED_COLUMNS), _row(["---"] * len(PUBLISHED_COLUMNS), False)]
+        lines += [*(_row(row) for row in report.published), ""]
     lines += [f"- {escape(note)}" for note in report.notes]
     return "\n".join(lines) + "\n"
 
