@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from snnbench.models.layer import Layer, Network, over_time, weighted
+from snnbench.models.layer import Layer, Network, has_weights, over_time, weighted
 from snnbench.neurons import LIF
 
 
@@ -63,7 +63,7 @@ class Meter:
         return s_TB
 
     def _count_synapse(self, synapse: nn.Module, x_TB: Tensor, count: _Synapse) -> None:
-        if isinstance(synapse, nn.Identity):
+        if not has_weights(synapse):
             return
         before, op, _ = weighted(synapse)
         for part in before:

@@ -8,8 +8,8 @@ For every synapse with weights W, pre- and post-synaptic spikes and a per-timest
     dW    = sum_t dW_t * G_t
 
 For a convolution (x) is its own weight-gradient correlation.  Errors sent to earlier layers, biases
-and BatchNorm are untouched.  A synapse fed by the data and the read-out have no pre- or
-post-synaptic spikes, and keep their gradient.
+and BatchNorm are untouched.  A synapse fed by the data, the read-out, and other layers without
+neurons (the joins of PreAct networks) lack pre- or post-synaptic spikes, and keep their gradient.
 
 Source: Park et al., ICML 2023 workshop, arXiv 2308.00558.  Only the abstract was readable: the
 equations are derived from the first author's repository (TensorFlow-SNNs, "stdp pathway"), with
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from snnbench.methods.base import Method
-from snnbench.models.layer import Layer, over_time, weighted
+from snnbench.models.layer import Layer, has_weights, over_time, weighted
 
 TRACE_DECAY = exp(-1)
 
@@ -122,11 +122,6 @@ class _ScaledWeight(torch.autograd.Function):
             scale = gradient_scale(weight_grad(ctx.op, pre, post), config.alpha)
             grad_w += weight_grad(ctx.op, x, g) * scale
         return grad_x, grad_w, None, None, None
-
-
-def has_weights(synapse: nn.Module) -> bool:
-    """Whether the synapse has weights to scale the gradient of; an identity shortcut has none."""
-    return any(isinstance(m, nn.Conv2d | nn.Linear) for m in synapse.modules())
 
 
 def traces(s_TB: Tensor) -> Iterator[Tensor]:

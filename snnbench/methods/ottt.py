@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from snnbench.methods.base import Method
-from snnbench.models.layer import Layer, Network, over_time, weighted
+from snnbench.models.layer import Layer, Network, has_weights, over_time, weighted
 
 
 class OTTT(Method):
@@ -60,7 +60,7 @@ def _current(
     synapse: nn.Module, x_1B: Tensor, advance: Callable[[nn.Module, Tensor], Tensor]
 ) -> Tensor:
     """Current with the value of the input and, at the weights, the gradient of its trace."""
-    if not any(isinstance(m, nn.Conv2d | nn.Linear) for m in synapse.modules()):
+    if not has_weights(synapse):
         return over_time(synapse, x_1B)
     before, op, after = weighted(synapse)
     for part in before:

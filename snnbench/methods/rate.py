@@ -173,7 +173,7 @@ def parts_of(synapse: nn.Module) -> Iterable[nn.Module]:
 
 def rate_synapse(synapse: nn.Module, x_TB: Tensor) -> tuple[Tensor, Tensor]:
     """Output of the synapse on every timestep, without gradient, and on the mean input, with."""
-    static = x_TB.stride(0) == 0
+    static = len(x_TB) == 1 or x_TB.stride(0) == 0
     value_TB, rate_B = x_TB.detach(), x_TB.mean(0)
     for part in parts_of(synapse):
         if isinstance(part, nn.MaxPool2d) and not static:

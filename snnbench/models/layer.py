@@ -80,6 +80,11 @@ class TdBatchNorm2d(nn.BatchNorm2d):
         return super().forward(x) * self.scale + (1 - self.scale) * self.bias.view(1, -1, 1, 1)
 
 
+def has_weights(synapse: nn.Module) -> bool:
+    """Whether the synapse has a convolution or linear map; a shortcut or a pooling has none."""
+    return any(isinstance(m, nn.Conv2d | nn.Linear) for m in synapse.modules())
+
+
 def weighted(synapse: nn.Module) -> tuple[list[nn.Module], nn.Conv2d | nn.Linear, list[nn.Module]]:
     """Split a synapse into what comes before its weights, the weighted map, and what follows."""
     parts = list(synapse) if isinstance(synapse, nn.Sequential) else [synapse]
