@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import signal
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
@@ -12,7 +15,7 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 from snnbench import __version__
-from snnbench.errors import ExitCode, SnnbenchError
+from snnbench.errors import ExitCode, SnnbenchError, UsageError
 
 app = typer.Typer(
     name="snnbench",
@@ -119,8 +122,7 @@ def run(
     loaded, specs = runner.specs_of(suite, set_ or [])
     plan = runner.make_plan(loaded, specs, results, choice)
     if not plan.runs:
-        console.say(f"no run of '{loaded.name}' fits --only; `snnbench plan {suite}` prints all")
-        raise typer.Exit(ExitCode.USAGE)
+        raise UsageError(f"--only: no run of '{loaded.name}' fits; `snnbench plan` prints all")
     context = {
         "data_root": str(_data_root(data_root)),
         "allow_unverified_data": allow_unverified_data,
@@ -140,13 +142,14 @@ def run(
             }
         )
     where = "" if results == Path("results") else f" --results {results}"
+    again = _same_command()
     if outcome.interrupted:
         console.say("interrupted; what was done stays done")
-        _next(quiet, f"snnbench run {suite}")
+        _next(quiet, again)
         raise typer.Exit(ExitCode.INTERRUPTED)
     if outcome.failed:
         console.say(f"{outcome.failed} runs failed")
-        _next(quiet, f"snnbench run {suite}{where} --retry-failed")
+        _next(quiet, again if retry_failed else f"{again} --retry-failed")
         raise typer.Exit(ExitCode.RUNS_FAILED)
     _next(quiet, f"snnbench report {loaded.name}{where} --format md")
 
@@ -311,6 +314,12 @@ def fetch(name: str, data_root: DataRoot = None) -> None:
     console.say(dataset().fetch(_data_root(data_root)))
 
 
+def _same_command() -> str:
+    """The command as the user typed it, to be typed again."""
+    arguments = [a for a in sys.argv[1:] if a != "--redo"]
+    return shlex.join(["snnbench", *arguments])
+
+
 def _next(quiet: bool, command: str) -> None:
     if not quiet:
         from snnbench import console
@@ -344,8 +353,9 @@ def _results_of(what: str | None, results: Path) -> Any:
         return known[-1]
     name = Path(what).stem if what.endswith(".toml") else what
     for path in (Path(what), results / name):
-        if (path / "runs.csv").is_file():
-            return SuiteFolder(path)
+        with contextlib.suppress(OSError):  # a name too long for a file
+            if (path / "runs.csv").is_file():
+                return SuiteFolder(path)
     raise ResultsError(
         f"no results of '{what}' in {results}{did_you_mean(name, [f.path.name for f in known])}"
     )
@@ -378,7 +388,7 @@ def main() -> NoReturn:
 
 def _explain(error: SnnbenchError) -> int:
     if os.environ.get("SNNBENCH_DEBUG"):
-        raise error
+        traceback.print_exception(error)
     for line in str(error).splitlines():
         typer.echo(f"error: {line}", err=True)
     return error.exit_code
@@ -386,7 +396,7 @@ def _explain(error: SnnbenchError) -> int:
 
 def _bug(error: Exception) -> int:
     if os.environ.get("SNNBENCH_DEBUG"):
-        raise error
+        traceback.print_exception(error)
     typer.echo(
         f"error: this is a bug in snnbench: {type(error).__name__}: {error}; run it again "
         "with `snnbench --debug ...` and report the traceback",

@@ -163,14 +163,26 @@ def _component(kind: str, point: EntryPoint) -> Component:
 def _read_docs(target: str) -> tuple[str, str]:
     module, _, attribute = target.partition(":")
     try:
-        spec = importlib.util.find_spec(module)
-        tree: ast.AST = ast.parse(Path(spec.origin).read_text("utf-8"))  # type: ignore[union-attr, arg-type]
+        tree: ast.AST = ast.parse(_source_file(module).read_text("utf-8"))
     except Exception as error:
         return f"(cannot be read: {error})", ""
     classes = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
     node = classes.get(attribute, tree)
     doc = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef) else None
     return (doc or "").partition("\n")[0], _assigned_source(node, classes)
+
+
+def _source_file(module: str) -> Path:
+    """Where a module's code is, found without running the packages around it."""
+    package, *inner = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"no module {package}")
+    path = Path(spec.origin)
+    for part in inner:
+        path = path.parent / part
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return path
 
 
 def _assigned_source(node: ast.AST, classes: dict[str, ast.ClassDef]) -> str:

@@ -315,7 +315,8 @@ def _options(suite: Suite, name: str) -> Options:
     if own:
         with contextlib.suppress(OSError, ValueError):
             answer = json.loads(memory.read_text("utf-8"))
-    if not isinstance(answer, dict) or "neuron" not in answer:
+    parts = ("data", "model", "neuron", "methods")
+    if not isinstance(answer, dict) or any(part not in answer for part in parts):
         executor = LocalExecutor(_built_in_modules(used))
         answer = executor.call("resolve", json.loads(json.dumps(request, default=str)))
         fail(name, answer["errors"])

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -112,10 +113,15 @@ class RunSpec:
 
     @property
     def run_id(self) -> str:
-        """Readable slug and a hash of the canonical JSON: the same on any machine."""
+        """Readable slug and a hash of the canonical JSON: the same on any machine.
+
+        A time limit changes no result, and so no id.
+        """
         name = f"{self.dataset}-{self.model}-{self.method}-T{self.T}-s{self.seed}"
         slug = "".join(ch if ch.isascii() and (ch.isalnum() or ch in "._+") else "-" for ch in name)
-        return f"{slug[:80]}-{digest(canonical(self.to_json()))[:8]}"
+        values = self.to_json()
+        del values["train"]["timeout_s"]
+        return f"{slug[:80]}-{digest(canonical(values))[:8]}"
 
 
 def canonical(values: Any) -> str:
@@ -151,12 +157,26 @@ def validate(cls: type[Config], values: Any, errors: list[str], path: str = "") 
     Types are not coerced, unknown keys are refused, and each line names the key path and value.
     """
     try:
-        text = json.dumps(values, default=str)
-        return _adapter(cls).validate_json(text, strict=True)
+        return _adapter(cls).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        for e in error.errors():
-            errors.append(_explain(cls, e["type"], e["msg"], e["loc"], e.get("input"), path))
+        found = _one_per_mistake([dict(e) for e in error.errors()])
+        errors += [_explain(cls, e, path) for e in found]
         return None
+
+
+def plain_data_errors(values: Any, path: str = "") -> list[str]:
+    """One line for each value that has no place in a record: dates, and numbers without end."""
+    if isinstance(values, dict):
+        parts = [(f"{path}.{k}".lstrip("."), v) for k, v in values.items()]
+    elif isinstance(values, list):
+        parts = [(f"{path}[{i}]", v) for i, v in enumerate(values)]
+    elif isinstance(values, float) and not math.isfinite(values):
+        return [f"{path} = {values}: must be a finite number"]
+    elif values is not None and not isinstance(values, bool | int | float | str):
+        return [f"{path} = {values}: must be a number, a string, true or false"]
+    else:
+        return []
+    return [line for where, value in parts for line in plain_data_errors(value, where)]
 
 
 def _adapter(cls: type[Config]) -> TypeAdapter[Config]:
@@ -165,28 +185,77 @@ def _adapter(cls: type[Config]) -> TypeAdapter[Config]:
     return TypeAdapter(cls)
 
 
-def _dataclasses(cls: Any) -> list[Any]:
-    """The dataclass itself and those in its annotations; types are resolved by pydantic later."""
-    import typing
-
-    found, todo = [], [cls]
+def _dataclasses(*types: Any) -> list[Any]:
+    """The dataclasses in these types and, through their fields, in those."""
+    found: list[Any] = []
+    todo = list(types)
     while todo:
         item = todo.pop()
         if is_dataclass(item) and item not in found:
             found.append(item)
-            todo += typing.get_type_hints(item).values()
-        todo += [a for a in typing.get_args(item) if a is not item]
+            todo += get_type_hints(item).values()
+        todo += get_args(item)
     return found
 
 
-def _explain(cls: Any, kind: str, msg: str, loc: Sequence[int | str], value: Any, path: str) -> str:
+def _one_per_mistake(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out what only follows from another error.
+
+    A bad item also makes its list too short. A union of dataclasses told apart by `name` complains
+    once for each member: keep the member that was named, or one line that lists the names.
+    """
+    locs = [e["loc"] for e in errors]
+    kept = []
+    for e in errors:
+        inner = any(len(loc) > len(e["loc"]) and loc[: len(e["loc"])] == e["loc"] for loc in locs)
+        if not inner:
+            kept.append(e)
+    members: dict[Any, dict[Any, list[dict[str, Any]]]] = {}
+    plain = []
+    for e in kept:
+        place = next((i for i, p in enumerate(e["loc"]) if str(p)[:1].isupper()), None)
+        place = None if place is not None and str(e["loc"][place]) == "T" else place
+        if place is None:
+            plain.append(e)
+            continue
+        member = members.setdefault(e["loc"][:place], {}).setdefault(e["loc"][place], [])
+        member.append({**e, "loc": e["loc"][:place] + e["loc"][place + 1 :]})
+    for found in members.values():
+        named = [m for m in found.values() if all(e["type"] != "literal_error" for e in m)]
+        if named:
+            plain += named[0]
+        else:
+            first = next(iter(found.values()))[0]
+            names = sorted({e["ctx"]["expected"] for m in found.values() for e in m if "ctx" in e})
+            plain.append({**first, "msg": f"it can be: {', '.join(names)}"})
+    return plain
+
+
+def _explain(cls: Any, error: dict[str, Any], path: str) -> str:
+    kind, msg, loc, value = error["type"], error["msg"], error["loc"], error.get("input")
     where = path + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc)
-    where = where.lstrip(".") or "the file"
+    where = where.lstrip(".")
     if kind == "unexpected_keyword_argument":
-        known = {f.name for c in _dataclasses(cls) for f in fields(c)}
-        return f"{where}: unknown key{did_you_mean(str(loc[-1]), known)}"
+        return f"{where}: unknown key{did_you_mean(str(loc[-1]), _keys_at(cls, loc[:-1]))}"
     if kind in ("missing", "missing_argument"):
         return f"{where}: missing"
     if kind == "value_error":
-        return f"{where}: {msg.removeprefix('Value error, ')}"
+        msg = msg.removeprefix("Value error, ")
+        return f"{where}: {msg}" if where else msg
     return f"{where} = {json.dumps(value, default=str)}: {msg[0].lower()}{msg[1:]}"
+
+
+def _keys_at(cls: Any, loc: Sequence[int | str]) -> set[str]:
+    """Names of the fields that may stand at this place of the data."""
+    types = [cls]
+    for part in loc:
+        hints = {k: v for c in types if is_dataclass(c) for k, v in get_type_hints(c).items()}
+        types = _outer_dataclasses(hints[part]) if part in hints else types
+    return {f.name for c in types if is_dataclass(c) for f in fields(c)}
+
+
+def _outer_dataclasses(hint: Any) -> list[Any]:
+    """Dataclasses that a value of this type, or its items, can be."""
+    if is_dataclass(hint):
+        return [hint]
+    return [c for arg in get_args(hint) for c in _outer_dataclasses(arg)]

@@ -37,6 +37,19 @@ ENDED: tuple[Status, ...] = ("done", "oom", "timeout", "diverged", "failed", "sk
 FAILURES: tuple[Status, ...] = ("oom", "timeout", "diverged", "failed")
 
 
+_NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "epoch": {"epoch": int},
+    "exit": {"wall_s": (int, float)},
+    "interrupted": {"reason": str},
+}
+
+
+def _is_event(event: dict[str, Any]) -> bool:
+    """Whether the event has what readers count on."""
+    needed = _NEEDED.get(str(event.get("event")), {})
+    return all(isinstance(event.get(k), kind) for k, kind in needed.items())
+
+
 def publish(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then put it in place: whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -134,11 +147,13 @@ class RunFolder:
             lines = self._events.read_bytes().splitlines()
         except FileNotFoundError:
             return [], []
+        except OSError as error:
+            raise ResultsError(f"{self._events}: cannot be read: {error.strerror}") from error
         for number, line in enumerate(lines, 1):
             try:
                 event = json.loads(line)
-                if not isinstance(event, dict):
-                    raise ValueError("not an object")
+                if not isinstance(event, dict) or not _is_event(event):
+                    raise ValueError("not an event")
                 events.append(event)
             except ValueError:
                 warnings.append(f"{self._events}: line {number} is damaged and left out")
@@ -168,7 +183,10 @@ class RunFolder:
     def set_aside_damaged_result(self) -> Path:
         """Keep a damaged result under another name, so that the run counts as missing."""
         aside = self._result.with_name(f"result.damaged-{time.time_ns()}.json")
-        self._result.rename(aside)
+        try:
+            self._result.rename(aside)
+        except OSError as error:
+            raise storage_error(self._result, error) from error
         return aside
 
     def status(self) -> Status:
@@ -191,6 +209,8 @@ class RunFolder:
             lock.acquire(timeout=wait_s)
         except Timeout as error:
             raise ResultsError(f"{self.path}: another process is working on this run") from error
+        except OSError as error:
+            raise storage_error(self.path, error) from error
         return lock
 
 
@@ -230,8 +250,11 @@ class SuiteFolder:
         """Keep an old run under redone/, so that it can be done afresh and nothing is lost."""
         if run.path.exists():
             target = self.path / "redone" / f"{run.run_id}-{time.time_ns()}"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(run.path, target)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(run.path, target)
+            except OSError as error:
+                raise storage_error(run.path, error) from error
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Remember what the last `run` set out to do."""
@@ -273,8 +296,10 @@ def is_locked(path: Path) -> bool:
     try:
         with lock.acquire(timeout=0):
             return False
-    except (Timeout, OSError):
+    except Timeout:
         return True
+    except OSError:  # on a read-only file system nobody works
+        return False
 
 
 def suite_folders(results: Path) -> list[SuiteFolder]:

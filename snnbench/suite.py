@@ -6,6 +6,7 @@ checks the shape of the file, and `expand` takes the components' validated optio
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -14,13 +15,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from annotated_types import Ge, Len
+from annotated_types import Ge, Le, Len
 
 from snnbench import registry
 from snnbench.errors import SuiteError, UsageError
-from snnbench.spec import MeasureConfig, Precision, RunSpec, TrainConfig, did_you_mean, validate
+from snnbench.spec import (
+    MeasureConfig,
+    Precision,
+    RunSpec,
+    TrainConfig,
+    did_you_mean,
+    plain_data_errors,
+    validate,
+)
 
 Names = Annotated[tuple[str, ...], Len(1)]
 KEYS = ("dataset", "model", "T", "seed", "kernel", "precision", "method")
@@ -43,7 +52,7 @@ class Axes:
 class Suite:
     """The content of a suite file."""
 
-    schema: Literal[1]
+    schema: Annotated[int, Ge(1), Le(1)]
     name: str
     claim: str
     axes: Axes
@@ -58,6 +67,9 @@ class Suite:
     def __post_init__(self) -> None:
         if not SUITE_NAME.fullmatch(self.name):
             raise ValueError("name: use letters, digits, '.', '_' and '-', at most 64 of them")
+        for axis, values in asdict(self.axes).items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"axes.{axis}: the same run stands in it twice")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, every default written out."""
@@ -128,8 +140,9 @@ def claim_of(path: Path) -> str:
 def locate(name: str) -> Path:
     """The file of a suite given by path or by the name of a shipped one."""
     path = Path(name)
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError):  # a name too long for a file
+        if path.is_file():
+            return path
     if name in shipped():
         return shipped()[name]
     if path.suffix == ".toml":
@@ -143,13 +156,21 @@ def load(name: str, settings: Iterable[str] = ()) -> Suite:
     document = _read(path, ())
     for setting in settings:
         _set(document, setting)
-    errors: list[str] = []
-    suite = validate(Suite, document, errors)
+    errors = [_with_method_names(document, line) for line in plain_data_errors(document)]
+    suite = None if errors else validate(Suite, document, errors)
     if suite is not None:
-        errors += _unknown_names(suite)
+        errors += _method_errors(suite) or [*_unknown_names(suite), *_rule_errors(suite)]
     fail(path, errors)
     assert suite is not None
     return suite
+
+
+def _with_method_names(document: Mapping[str, Any], line: str) -> str:
+    """`method[1].lamb` as `method[1] (tet).lamb`."""
+    found = re.match(r"method\[(\d+)\]", line)
+    if found is None:
+        return line
+    return f"{found[0]} ({document['method'][int(found[1])].get('name')}){line[found.end() :]}"
 
 
 def fail(path: Path | str, errors: Sequence[str]) -> None:
@@ -281,7 +302,8 @@ def _set(document: dict[str, Any], setting: str) -> None:
         raise UsageError(f"--set {setting}: write key=value, as in --set train.epochs=5")
     target: Any = document
     if path[0] == "method" and len(path) == 3:
-        entries = [m for m in document.get("method", []) if isinstance(m, dict)]
+        listed = document.get("method")
+        entries = [m for m in (listed if isinstance(listed, list) else []) if isinstance(m, dict)]
         named = [m for m in entries if m.get("name") == path[1]]
         if not named:
             names = (str(m.get("name")) for m in entries)
@@ -308,31 +330,59 @@ def _value(text: str) -> Any:
     return text
 
 
-def _unknown_names(suite: Suite) -> list[str]:
-    """Names of methods, models, datasets and kernels that are not installed; odd rules."""
+def _method_errors(suite: Suite) -> list[str]:
+    """Entries of [[method]] whose own keys are wrong, before any component is asked."""
     errors = []
     for i, entry in enumerate(suite.method):
         if not isinstance(entry.get("name"), str):
-            errors.append(f"method[{i}].name: missing; give the name of a method")
+            what = "give the name of one method, as a string"
+            errors.append(f"method[{i}].name: {what if 'name' in entry else 'missing; ' + what}")
         own = entry.get("T", 1)
         for T in own if isinstance(own, list) else [own]:
             if not isinstance(T, int) or isinstance(T, bool) or T < 1:
                 errors.append(f"method[{i}].T = {json.dumps(own)}: timesteps are integers from 1")
+        for key, value in entry.items():
+            if value == []:
+                where = f"method[{i}] ({entry.get('name')}).{key}"
+                errors.append(f"{where} = []: an empty sweep; give at least one value")
+    return errors
+
+
+def _unknown_names(suite: Suite) -> list[str]:
+    """Names of methods, models, datasets and kernels that are not installed."""
+    errors = []
     wanted = [
         (f"axes.{kind}", f"{kind}s", getattr(suite.axes, kind))
         for kind in ("dataset", "model", "kernel")
     ]
-    wanted.append(("method", "methods", [m["name"] for m in suite.method if "name" in m]))
+    wanted.append(("method", "methods", [m["name"] for m in suite.method]))
     for key, kind, names in wanted:
+        known = {*registry.components(kind), *(["auto"] if kind == "kernels" else [])}
         for name in names:
-            known = {*registry.components(kind), *(["auto"] if kind == "kernels" else [])}
             errors += [
                 f"{key} = {json.dumps(part)}: unknown {kind[:-1]}{did_you_mean(part, known)}"
                 for part in (name.split("+") if kind == "methods" else [name])
                 if part not in known
             ]
+    return errors
+
+
+def _rule_errors(suite: Suite) -> list[str]:
+    """Rules of [[exclude]] that cannot fit any run."""
+    possible: dict[str, set[Any]] = {k: set(v) for k, v in asdict(suite.axes).items()}
+    possible["method"] = {entry["name"] for entry in suite.method}
+    possible["T"] |= set(itertools.chain.from_iterable(_timesteps(suite)))
+    errors = []
     for i, rule in enumerate(suite.exclude):
-        for key in rule:
+        for key, value in rule.items():
             if key not in KEYS:
                 errors.append(f"exclude[{i}].{key}: unknown key{did_you_mean(key, KEYS)}")
+                continue
+            for one in value if isinstance(value, list) else [value]:
+                if one not in possible[key]:
+                    options = (str(v) for v in possible[key])
+                    errors.append(
+                        f"exclude[{i}].{key} = {json.dumps(one)}: no run has it"
+                        f"{did_you_mean(str(one), options)}"
+                    )
     return errors

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from snnbench import stats
 from snnbench.errors import ResultsError
 from snnbench.registry import BUILT_IN
 from snnbench.spec import canonical, digest
-from snnbench.store import ENDED, FAILURES, RunFolder, SuiteFolder, publish
+from snnbench.store import FAILURES, RunFolder, SuiteFolder, publish
 
 RUN_COLUMNS = (
     "run_id", "suite", "status", "reason", "dataset", "model", "method", "method_config", "T",
@@ -50,6 +50,7 @@ METRICS = (
     "saved_bytes", "step_ms_p50", "grad_cos_bptt_init", "grad_norm_ratio_init", "grad_cos_bptt",
     "grad_norm_ratio", "test_acc_with_heads",
 )  # fmt: skip
+ESTIMATED = ("test_acc", "test_acc_best_val", "test_acc_best_test", "epochs", *METRICS)
 # What must be equal for two runs to share a cell, or a comparison (the latter without the method).
 CELL = (
     "dataset", "model", "T", "kernel", "precision", "settings_hash", "machine_id", "method",
@@ -69,15 +70,15 @@ def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
         "data": spec.data,
         "model": spec.model_options,
         "neuron": spec.neuron,
-        "train": {k: v for k, v in vars(spec.train).items() if k != "timeout_s"},
+        "train": {k: v for k, v in asdict(spec.train).items() if k != "timeout_s"},
     }
     machine = result.get("machine", {})
     wall_s = sum(e["wall_s"] for e in events if e.get("event") == "exit")
     once = wall_s and sum(e.get("event") == "start" for e in events) == 1
     worked_s = [result[k] for k in ("train_s", "eval_s", "measure_s") if k in result]
     interrupted = [e["reason"] for e in events if e.get("event") == "interrupted"]
-    if result["status"] == "interrupted" and interrupted:
-        result["reason"] = interrupted[-1]
+    if result["status"] == "interrupted":
+        result["reason"] = interrupted[-1] if interrupted else "its process ended without a word"
     return {
         **{k: result.get(k) for k in RUN_COLUMNS},
         **{k: getattr(spec, k) for k in ("dataset", "model", "method", "T", "seed")},
@@ -168,20 +169,18 @@ class Writer:
     def write(self) -> None:
         """Publish the tables, each whole or not at all."""
         order = sorted(self._runs)
-        runs = pd.DataFrame([self._runs[i] for i in order], columns=list(RUN_COLUMNS))
-        rows = [row for i in order for row in self._epochs[i]]
-        epochs = pd.DataFrame(rows, columns=list(EPOCH_COLUMNS))
-        frames = [(runs, self._folder.runs_csv), (epochs, self._folder.epochs_csv)]
-        if fidelity := [row for i in order for row in self._fidelity[i]]:
-            frame = pd.DataFrame(fidelity, columns=list(FIDELITY_COLUMNS))
-            frames.append((frame, self._folder.fidelity_csv))
-        for frame, path in frames:
-            for name in frame.columns:  # integers stay integers beside empty cells
-                whole = [isinstance(v, int) for v in frame[name].dropna()]
-                if whole and all(whole) and frame[name].isna().any():
-                    frame[name] = frame[name].astype("Int64")
-            text = frame.to_csv(index=False)
-            publish(path, partial(_write_text, text))
+        epochs = [row for i in order for row in self._epochs[i]]
+        fidelity = [row for i in order for row in self._fidelity[i]]
+        _publish(self._folder.runs_csv, [self._runs[i] for i in order], RUN_COLUMNS)
+        _publish(self._folder.epochs_csv, epochs, EPOCH_COLUMNS)
+        if fidelity:
+            _publish(self._folder.fidelity_csv, fidelity, FIDELITY_COLUMNS)
+
+
+def _publish(path: Path, rows: list[dict[str, Any]], columns: Iterable[str]) -> None:
+    # dtype object: beside an empty cell an integer stays an integer, and True stays True.
+    text = pd.DataFrame(rows, columns=list(columns), dtype=object).to_csv(index=False)
+    publish(path, partial(_write_text, text))
 
 
 def _write_text(text: str, path: Path) -> None:
@@ -191,7 +190,12 @@ def _write_text(text: str, path: Path) -> None:
 def read_runs(folder: SuiteFolder) -> pd.DataFrame:
     """runs.csv as it was written; raises ResultsError if it is missing or no such table."""
     try:
-        frame = pd.read_csv(folder.runs_csv, dtype=dict.fromkeys(TEXT_COLUMNS, "string"))
+        frame = pd.read_csv(
+            folder.runs_csv,
+            dtype=dict.fromkeys(TEXT_COLUMNS, "string"),
+            keep_default_na=False,  # a reason may read "None"
+            na_values={name: [""] for name in RUN_COLUMNS if name != "reason"},
+        )
     except FileNotFoundError as error:
         raise ResultsError(
             f"{folder.runs_csv}: no results yet; `snnbench run` makes them"
@@ -224,45 +228,40 @@ def summarise(frame: pd.DataFrame) -> list[Cell]:
     The difference to BPTT pairs runs of one seed that started from the same weights, saw the same
     batches and data, and ran on one kind of machine.
     """
-    done = frame[frame["status"] == "done"]
     labels = method_labels(frame)
+    done = frame[frame["status"] == "done"].copy()
+    pair = zip(done["seed"], done["init_hash"], done["order_hash"], done["data_hash"], strict=True)
+    # A run of unknown origin is nobody's pair.
+    done["pair"] = ["|".join(map(str, v)) if all(map(pd.notna, v)) else None for v in pair]
     cells = []
     conditions = [c for c in CELL if c not in ("method", "method_config")]
-    for key, group in done.groupby(list(conditions), sort=False, dropna=False):
+    for key, group in done.groupby(conditions, sort=False, dropna=False):
         baseline = group[group["method"] == "bptt"]
         shared = dict(zip(conditions, key, strict=True))
         for (method, config), runs in group.groupby(["method", "method_config"], sort=False):
-            estimates = {
-                name: stats.estimate(runs[name].dropna().astype(float).tolist())
-                for name in (
-                    "test_acc",
-                    "test_acc_best_val",
-                    "test_acc_best_test",
-                    "epochs",
-                    *METRICS,
-                )
-            }
+            estimates = {name: stats.estimate(_values(runs[name])) for name in ESTIMATED}
             difference = None
             if method != "bptt" and baseline["method_config"].nunique() == 1:
                 difference = stats.paired(_by_pair(runs), _by_pair(baseline))
-            label = labels[str(method), str(config)]
             where = {**shared, "method": method, "method_config": config}
+            label = labels[str(method), str(config)]
             cells.append(Cell(where, label, len(runs), estimates, difference))
     order = {label: i for i, label in enumerate(labels.values())}
-    keys = ("dataset", "model", "kernel", "precision", "settings_hash", "T")
+    keys = ("dataset", "model", "kernel", "precision", "settings_hash")
     return sorted(
         cells,
-        key=lambda c: (
-            *(str(c.conditions[k]) if k != "T" else c.conditions[k] for k in keys),
-            order[c.label],
-        ),
+        key=lambda c: (*(str(c.conditions[k]) for k in keys), c.conditions["T"], order[c.label]),
     )
+
+
+def _values(column: pd.Series) -> list[float]:
+    return [float(v) for v in column if pd.notna(v)]
 
 
 def _by_pair(runs: pd.DataFrame) -> dict[str, float]:
     """Last-epoch accuracy by everything that makes two runs a pair."""
-    pair = runs[["seed", "init_hash", "order_hash", "data_hash"]].astype(str).agg("|".join, axis=1)
-    return dict(zip(pair, runs["test_acc"].astype(float), strict=True))
+    both = zip(runs["pair"], runs["test_acc"], strict=True)
+    return {pair: float(value) for pair, value in both if pair and pd.notna(value)}
 
 
 def method_labels(frame: pd.DataFrame) -> dict[tuple[str, str], str]:
@@ -274,12 +273,19 @@ def method_labels(frame: pd.DataFrame) -> dict[tuple[str, str], str]:
     rank = {name: i for i, name in enumerate(BUILT_IN["methods"])}
     labels = {}
     for method in sorted(variants, key=lambda m: (rank.get(m, len(rank)), m)):
-        options = [json.loads(c) for c in variants[method]]
-        varied = [k for k in options[0] if len({canonical(o.get(k)) for o in options}) > 1]
-        for config, values in zip(variants[method], options, strict=True):
-            named = "".join(f" {k}={values[k]}" for k in varied)
+        options = {c: json.loads(c) for c in variants[method]}
+        names = dict.fromkeys(k for o in options.values() for k in o)
+        varied = [k for k in names if len({canonical(o.get(k)) for o in options.values()}) > 1]
+        for config in sorted(options, key=lambda c: [_sortable(options[c].get(k)) for k in varied]):
+            named = "".join(f" {k}={options[config].get(k)}" for k in varied)
             labels[method, config] = f"{method}{named}"
     return labels
+
+
+def _sortable(value: Any) -> tuple[bool, float, str]:
+    """Numbers by size, before everything else by text."""
+    number = isinstance(value, int | float)
+    return (not number, float(value) if number else 0.0, str(value))
 
 
 def differing_settings(cells: Iterable[Cell]) -> list[str]:
@@ -297,8 +303,3 @@ def counts(frame: pd.DataFrame) -> dict[str, int]:
 def failures(frame: pd.DataFrame) -> pd.DataFrame:
     """Runs that ended without a measurement, or were skipped, with their reasons."""
     return frame[frame["status"].isin([*FAILURES, "skipped", "interrupted"])]
-
-
-def ended(frame: pd.DataFrame) -> pd.DataFrame:
-    """Runs that have a result."""
-    return frame[frame["status"].isin(ENDED)]

@@ -89,7 +89,7 @@ def quantity(e: Estimate | None) -> str:
     if e is None:
         return DASH
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(e.mean) >= size:
+        if abs(e.mean) >= 0.9995 * size:  # what rounds to 1.00
             return f"{e.mean / size:.3g} {unit}"
     return f"{e.mean:.4g}"
 
@@ -203,10 +203,18 @@ def _notes(frame: pd.DataFrame, plan: dict[str, Any]) -> list[str]:
     return notes
 
 
+RECORD_COLUMNS = [
+    "label", *tables.CELL, "n",
+    *(f"{name}{end}" for name in (*tables.ESTIMATED, "test_acc_vs_bptt") for end in ("", "_ci95")),
+]  # fmt: skip
+
+
 def _record(cell: Cell) -> dict[str, Any]:
     """One summary row as numbers, for csv and json."""
     record: dict[str, Any] = {"label": cell.label, **cell.conditions, "n": cell.n}
     for name, e in (*cell.estimates.items(), ("test_acc_vs_bptt", cell.vs_bptt)):
         record[name] = None if e is None else e.mean
         record[f"{name}_ci95"] = None if e is None else e.half
-    return {k: v.item() if hasattr(v, "item") else v for k, v in record.items()}
+    return {
+        k: record[k].item() if hasattr(record[k], "item") else record[k] for k in RECORD_COLUMNS
+    }

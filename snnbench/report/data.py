@@ -6,12 +6,12 @@ import json
 
 import pandas as pd
 
-from snnbench.report.content import PUBLISHED_COLUMNS, Report
+from snnbench.report.content import PUBLISHED_COLUMNS, RECORD_COLUMNS, Report
 
 
 def to_csv(report: Report) -> str:
     """One line per cell."""
-    return str(pd.DataFrame(report.records).to_csv(index=False))
+    return str(pd.DataFrame(report.records, columns=RECORD_COLUMNS).to_csv(index=False))
 
 
 def to_json(report: Report) -> str:
