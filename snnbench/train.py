@@ -31,7 +31,7 @@ from snnbench.models.layer import Network
 from snnbench.recipe import Phase, learning_rate, make_optimizer, phases, smooth
 from snnbench.spec import RunSpec, digest, sub_seed
 
-PROBE_STEPS = 3
+PROBE_STEPS = 2
 AUGMENT_CHUNK = 4096
 CHECKPOINT_EVERY_S = 10.0  # at most; a shorter run is done again sooner than it is written
 

@@ -1,0 +1,99 @@
+"""Every command and code block of the README works as written."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = {
+    lang: re.findall(rf"```{lang}\n(.*?)```", README, re.S) for lang in ("bash", "toml", "python")
+}
+# pip needs a network, and cifar10 a GPU; what follows `pip install .` is run with snnbench installed.
+COMMANDS = [
+    part.strip()
+    for block in BLOCKS["bash"]
+    for line in block.splitlines()
+    for part in line.partition("#")[0].split("&&")
+]
+OURS = [c for c in COMMANDS if c.startswith("snnbench")]
+NEED_DATA = [c for c in OURS if "DIR" in c]
+RUN_HERE = [c for c in OURS if c not in NEED_DATA and "my_loss" not in c]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the suites beside it, as in a clone."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "suites").symlink_to(ROOT / "suites")
+    return folder
+
+
+def run(command, folder):
+    words = [sys.executable, "-m", *shlex.split(command)]
+    env = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+
+
+def test_the_readme_has_the_commands_we_promise():
+    assert COMMANDS[:3] == [
+        "pip install .", "snnbench run suites/smoke.toml", "snnbench report --format md",
+    ]  # fmt: skip
+    assert 'pip install -e ".[dev]"' in COMMANDS
+    assert len(RUN_HERE) >= 9
+
+
+def test_every_command_works_in_the_order_of_the_readme(folder):
+    for command in RUN_HERE:
+        done = run(command, folder)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    report = json.loads(run("snnbench report smoke --format json", folder).stdout)
+    reached = {cell["label"]: cell["test_acc"] for cell in report["cells"]}
+    assert set(reached) == {"bptt", "tet", "shortcut", "rate", "grad_scale"}
+    assert all(accuracy > 0.95 for accuracy in reached.values()), reached
+    assert all(cell["n"] == 3 for cell in report["cells"])
+
+
+def test_the_tiny_suite_runs_on_real_cifar(folder, data_root):
+    command = next(c for c in NEED_DATA if "tiny" in c).replace("DIR", str(data_root))
+    done = run(command, folder)
+    # The official copy runs; any other is refused until it is allowed.
+    if done.returncode != 0:
+        assert "is not the official file" in done.stderr
+        done = run(f"{command} --retry-failed --allow-unverified-data", folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_full_suite_is_valid(folder):
+    assert run("snnbench check cifar10", folder).returncode == 0
+
+
+def test_the_suite_of_the_readme_runs(folder):
+    (folder / "mine.toml").write_text(BLOCKS["toml"][0])
+    done = run("snnbench run mine.toml --only seed=0,T=4", folder)
+    assert done.returncode == 0, done.stderr
+    planned = json.loads(run("snnbench plan mine.toml --json", folder).stdout)
+    assert len(planned["runs"]) == 12  # three variants, two T, three seeds, less tet at T = 2
+
+
+def test_the_method_of_the_readme_keeps_the_contract():
+    from snnbench.methods.contract import check
+
+    space = {}
+    exec(BLOCKS["python"][0], space)
+    method = space["LastStep"]
+    checks = check(lambda options: method(method.Config(**options)), method.bptt_limit[0])
+    assert [c.name for c in checks if not c.ok] == []
+
+
+def test_the_readme_shows_the_committed_smoke_table():
+    shown = README.split("<!-- smoke table: begin -->")[1].split("<!-- smoke table: end -->")[0]
+    committed = (ROOT / "results" / "smoke" / "report.md").read_text("utf-8")
+    table = [line for line in committed.splitlines() if line.startswith("| ")]
+    assert [line for line in shown.splitlines() if line.startswith("| ")] == table
