@@ -147,6 +147,10 @@ def run(
         console.say("interrupted; what was done stays done")
         _next(quiet, again)
         raise typer.Exit(ExitCode.INTERRUPTED)
+    if cut_short := outcome.counts.get("interrupted"):
+        console.say(f"{cut_short} runs were cut short; the same command goes on with them")
+        _next(quiet, again)
+        raise typer.Exit(ExitCode.RUNS_FAILED)
     if outcome.failed:
         console.say(f"{outcome.failed} runs failed")
         _next(quiet, again if retry_failed else f"{again} --retry-failed")

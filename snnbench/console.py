@@ -64,7 +64,7 @@ def print_table(
     body = [list(row) for row in rows]
     for row in body:
         table.add_row(*(_coloured(cell) for cell in row))
-    needed = console.measure(table).maximum
+    needed = Console(width=100_000).measure(table).maximum
     if not console.is_terminal or needed <= console.width or not wrap:
         console = Console(highlight=False, width=max(needed, console.width))
     console.print(table, soft_wrap=not wrap)

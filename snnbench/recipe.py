@@ -62,7 +62,7 @@ def learning_rate(config: TrainConfig, step: int, total: int, epoch_steps: int) 
         done = (step - warmup) / max(1, total - warmup)
         return config.lr * 0.5 * (1 + math.cos(math.pi * done))
     if config.schedule == "step":
-        return config.lr * config.step_gamma ** int(step / epoch_steps / config.step_epochs)
+        return config.lr * config.step_gamma ** int(step / epoch_steps / config.step_epochs + 1e-9)
     return config.lr
 
 

@@ -16,14 +16,14 @@ from typing import Any, Protocol
 from platformdirs import user_cache_dir
 
 from snnbench import registry
-from snnbench.errors import ResultsError
+from snnbench.errors import ResultsError, WorkerError
 from snnbench.executors.local import Handle, LocalExecutor
 from snnbench.spec import SCHEMA, RunSpec, canonical, digest
 from snnbench.store import ENDED, FAILURES, RunFolder, Status, SuiteFolder, publish_json
 from snnbench.suite import Options, Suite, expand, fail, load, matches, method_variants
 
-# A process that ends by one of these did it to itself; by another, somebody else ended it.
-OWN_FAULT = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSYS", "exit code")
+# A process that ends by one of these was ended by somebody else; by another, by its own fault.
+FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "killed with its server")
 
 
 class Listener(Protocol):
@@ -221,43 +221,50 @@ def _do(
     limit = spec.train.timeout_s
     handle = executor.submit(folder, dict(context))
     storage = crash = None
+    stopped = False
     timed_out = False
     asked = 0
+    started: float | None = None  # the warming up of the server is nobody's time
     while True:
         for message in handle.messages(0.1):
+            started = started or time.monotonic()
             storage = message["reason"] if message["event"] == "storage" else storage
             crash = message["reason"] if message["event"] == "crash" else crash
+            stopped = stopped or message["event"] == "stopped"
             listener.message(message)
         if not handle.alive:
             break
-        if limit is not None and time.monotonic() - began > limit:
+        if limit and started and time.monotonic() - started > limit:
             timed_out = True
             handle.kill()
         if interrupts.count > asked:
             asked = interrupts.count
             handle.stop() if asked == 1 else handle.kill()
-    for message in handle.messages(0):
-        listener.message(message)
     handle.close()
     if storage:
         raise ResultsError(storage)
     wall_s = time.monotonic() - began
     folder.append({"event": "exit", "wall_s": wall_s})
     if folder.result() is None:
-        _record_death(spec, folder, handle, crash, limit if timed_out else None)
+        _record_death(spec, folder, handle, crash, limit if timed_out else None, stopped)
 
 
 def _record_death(
-    spec: RunSpec, folder: RunFolder, handle: Handle, crash: str | None, limit: float | None
+    spec: RunSpec,
+    folder: RunFolder,
+    handle: Handle,
+    crash: str | None,
+    limit: float | None,
+    stopped: bool,
 ) -> None:
-    """The outcome of a worker that left no result."""
+    """The outcome of a worker that left no result; one that was asked to stop said so itself."""
     death = handle.death()
     status = reason = None
     if limit is not None:
         status, reason = "timeout", f"longer than train.timeout_s = {limit:g} s"
     elif crash is not None:
         status, reason = "failed", crash
-    elif death is not None and any(fault in death for fault in OWN_FAULT):
+    elif not stopped and not any(name in death for name in FROM_OUTSIDE):
         status, reason = "failed", death
     if status is not None:
         folder.finish(
@@ -270,7 +277,7 @@ def _record_death(
                 "reason": reason,
             }
         )
-    elif death is not None:
+    elif not stopped:
         folder.append({"event": "interrupted", "reason": death, "time": time.time()})
 
 
@@ -319,6 +326,8 @@ def _options(suite: Suite, name: str) -> Options:
     if not isinstance(answer, dict) or any(part not in answer for part in parts):
         executor = LocalExecutor(_built_in_modules(used))
         answer = executor.call("resolve", json.loads(json.dumps(request, default=str)))
+        if answer["broken"]:
+            raise WorkerError("\n".join(answer["broken"]))
         fail(name, answer["errors"])
         if own:
             with contextlib.suppress(ResultsError):

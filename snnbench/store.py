@@ -121,11 +121,13 @@ class RunFolder:
             publish_json(file, spec.to_json())
 
     def spec(self) -> RunSpec:
-        """What to do; raises ResultsError if spec.json is missing or damaged."""
+        """What to do; raises ResultsError if spec.json is damaged and no result repeats it."""
         file = self.path / "spec.json"
         try:
             return RunSpec.from_json(json.loads(file.read_text("utf-8")))
         except (OSError, ValueError) as error:
+            with contextlib.suppress(ResultsError, ValueError):
+                return RunSpec.from_json((self.result() or {}).get("spec"))
             raise ResultsError(f"{file}: not a readable run spec: {error}") from error
 
     def append(self, event: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ batches, and a run resumed at an epoch sees what an undisturbed one would have s
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from snnbench.measure.spikes import Meter
 from snnbench.methods.base import Method
 from snnbench.models.layer import Network
 from snnbench.recipe import Phase, learning_rate, make_optimizer, phases, smooth
+from snnbench.registry import source_hash
 from snnbench.spec import RunSpec, digest, sub_seed
 
 PROBE_STEPS = 2
@@ -96,7 +98,7 @@ def train(job: Job) -> dict[str, Any]:
             job.emit(event)
             if time.perf_counter() - saved_at > CHECKPOINT_EVERY_S:
                 weights = {"trainable": trainable.state_dict(), "optimizer": optimizer.state_dict()}
-                job.save(state | weights)
+                job.save(seal(state | weights))
                 saved_at = time.perf_counter()
 
     began = time.perf_counter()
@@ -321,22 +323,49 @@ def probe(job: Job, split: Split) -> dict[str, Any]:
     }
 
 
+def seal(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with a digest of its content and of the code that computed it."""
+    return {**state, "seal": digest(source_hash(), *_content(state))}
+
+
+def _content(value: Any) -> Iterator[str | bytes]:
+    """Everything in a nested state, in a fixed order."""
+    if isinstance(value, Tensor):
+        yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _content(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _content(item)
+    else:
+        yield repr(value)
+
+
 def resume(
     job: Job, trainable: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
     """Load the checkpoint, data and never code; what it says of the epochs done.
 
-    None if it cannot be read: the run then starts afresh, and says so.
+    None if it is damaged, does not fit, or was written by other code: the run then starts afresh,
+    and says so.
     """
+    before = copy.deepcopy((trainable.state_dict(), optimizer.state_dict()))
     try:
         saved = torch.load(job.checkpoint, map_location=job.device, weights_only=True)  # type: ignore[arg-type]
+        if saved.pop("seal") != seal(saved)["seal"]:
+            raise ValueError("not what was written, or written by another version of the code")
+        trainable.load_state_dict(saved.pop("trainable"))
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        job.emit({"event": "resume", "epoch": saved["epoch"]})
+        return dict(saved)
     except Exception as error:
-        job.emit({"event": "restart", "reason": f"unreadable checkpoint: {type(error).__name__}"})
+        trainable.load_state_dict(before[0])
+        optimizer.load_state_dict(before[1])
+        reason = f"unusable checkpoint: {type(error).__name__}: {error}"
+        job.emit({"event": "restart", "reason": " ".join(reason.split())[:300]})
         return None
-    trainable.load_state_dict(saved.pop("trainable"))
-    optimizer.load_state_dict(saved.pop("optimizer"))
-    job.emit({"event": "resume", "epoch": saved["epoch"]})
-    return dict(saved)
 
 
 def summary(state: dict[str, Any], first: int = 0) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from snnbench import machine, registry
-from snnbench.errors import DataError, DivergedError, ResultsError, SnnbenchError
+from snnbench.errors import DataError, DivergedError, ResultsError, SnnbenchError, WorkerError
 from snnbench.methods import contract as contract_of_methods
 from snnbench.neurons import LIF, PRESETS, neuron_options
 from snnbench.spec import SCHEMA, RunSpec, did_you_mean, sub_seed, validate
@@ -52,13 +52,17 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     """Options of all components, validated by them, with every default written out.
 
     `request` has data, model, neuron, datasets, models, methods [[path, {name, ...}], ...];
-    the answer has errors (lines), and data and model by name, neuron, methods.
+    the answer has errors and broken (lines), and data and model by name, neuron, methods.
     """
     errors: list[str] = []
+    broken: list[str] = []
 
     def checked(kind: str, name: str, values: dict[str, Any], path: str) -> dict[str, Any]:
         try:
             config = registry.find(kind, name).load().Config
+        except WorkerError as error:
+            broken.append(str(error))
+            return {}
         except SnnbenchError as error:
             errors.append(str(error))
             return {}
@@ -80,6 +84,7 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
         errors.append(f'neuron = "{name}": unknown preset{did_you_mean(name, PRESETS)}')
     return {
         "errors": list(dict.fromkeys(errors)),
+        "broken": list(dict.fromkeys(broken)),
         "data": data,
         "model": model,
         "neuron": {} if neuron is None else asdict(neuron),
@@ -114,6 +119,7 @@ def main(folder: str, context: dict[str, Any], send: Callable[[dict[str, Any]], 
         code = 0
     except Stopped:
         run.append({"event": "interrupted", "reason": "asked to stop", "time": time.time()})
+        send({"event": "stopped"})
     except ResultsError as error:
         send({"event": "storage", "reason": str(error)})
     except BaseException:

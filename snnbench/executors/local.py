@@ -10,8 +10,10 @@ import contextlib
 import importlib
 import json
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 import types
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -23,13 +25,14 @@ from snnbench.store import RunFolder
 WORKER = "snnbench.worker"
 # torch imports this, for two seconds, when the first optimizer is made.
 WARM = ("torch._dynamo",)
+UNKNOWN_CODE = 255  # what multiprocessing says of a child whose server has died
 
 
 class Handle:
     """A run in progress."""
 
-    def __init__(self, process: Any, pipe: Connection) -> None:
-        self._process, self._pipe = process, pipe
+    def __init__(self, process: Any, pipe: Connection, lifeline: Connection) -> None:
+        self._process, self._pipe, self._lifeline = process, pipe, lifeline
 
     def messages(self, wait_s: float) -> Iterator[dict[str, Any]]:
         """Messages of the worker that arrive within this time; none once it has ended."""
@@ -45,14 +48,16 @@ class Handle:
         """Whether the process still works."""
         return bool(self._process.is_alive())
 
-    def death(self) -> str | None:
-        """How the process was killed, if it was."""
+    def death(self) -> str:
+        """How the process ended."""
         code = self._process.exitcode
-        if code is None or code in (0, 1):
-            return None
+        if code is None:
+            return "still alive"
         if code < 0:
             return f"killed by signal {-code} ({signal.Signals(-code).name})"
-        return f"ended with exit code {code}" if code != 255 else "killed with its server"
+        if code == UNKNOWN_CODE and not _server_lives():
+            return "killed with its server"
+        return f"ended with exit code {code} and without a result"
 
     def stop(self) -> None:
         """Ask it to end between two steps."""
@@ -66,6 +71,7 @@ class Handle:
     def close(self) -> None:
         """Release what belongs to it."""
         self._pipe.close()
+        self._lifeline.close()
         self._process.join(5)
 
 
@@ -97,26 +103,28 @@ class LocalExecutor:
         handle = self._spawn(task, [request])
         answer: dict[str, Any] | None = None
         while answer is None and handle.alive:
-            answer = next(handle.messages(0.2), None)
-        answer = answer or next(handle.messages(0.2), {})
+            answer = _answer(handle.messages(0.2))
+        answer = answer or _answer(handle.messages(0.2)) or {}
         handle.close()
         if "errors" not in answer:
             raise WorkerError(
                 f"the worker process ended before it could answer '{task}': "
-                f"{answer.get('reason') or handle.death() or 'no reason given'}"
+                f"{answer.get('reason') or handle.death()}"
             )
         return answer
 
     def _spawn(self, task: str, arguments: list[Any]) -> Handle:
         self.start()
         receive, send = self._context.Pipe(duplex=False)
+        watched, lifeline = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=_child, args=(task, json.dumps(arguments), send), daemon=False
+            target=_child, args=(task, json.dumps(arguments), send, watched), daemon=False
         )
         with _main_hidden():
             process.start()
         send.close()
-        return Handle(process, receive)
+        watched.close()
+        return Handle(process, receive, lifeline)
 
 
 @contextlib.contextmanager
@@ -130,13 +138,38 @@ def _main_hidden() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _child(task: str, arguments: str, pipe: Connection) -> None:
+def _answer(messages: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((m for m in messages if m.get("event") != "begin"), None)
+
+
+def _server_lives() -> bool:
+    from multiprocessing import forkserver
+
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is None:
+        return False
+    with contextlib.suppress(ChildProcessError):
+        # Only look: multiprocessing itself wants to collect its server.
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    return False
+
+
+def _end_with_parent(watched: Connection) -> None:
+    """End this process when the one that holds the other end of the pipe has gone."""
+    with contextlib.suppress(OSError):
+        watched.poll(None)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _child(task: str, arguments: str, pipe: Connection, watched: Connection) -> None:
     """First code of the child. The worker, and with it torch, is imported here and not above."""
 
     def send(message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more
             pipe.send_bytes(json.dumps(message).encode())
 
+    threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
+    send({"event": "begin"})
     try:
         worker = importlib.import_module(WORKER)
         if task == "main":

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 
 from snnbench.models.layer import Layer, Network, has_weights, over_time, weighted
 from snnbench.neurons import LIF
@@ -107,10 +106,10 @@ def fan_out(op: nn.Conv2d | nn.Linear, sample: torch.Size) -> Tensor:
     """Number of outputs that each element of the op's input reaches, float64, input-shaped."""
     if isinstance(op, nn.Linear):
         return torch.full(sample, op.out_features, dtype=torch.float64)
-    shape = (1, *sample)
-    probe = torch.zeros(shape, dtype=torch.float64)
     weight = torch.ones(op.weight.shape, dtype=torch.float64)
     options: tuple[Any, ...] = (op.stride, op.padding, op.dilation, op.groups)
-    reached = torch.nn.functional.conv2d(probe, weight, None, *options)
-    grad: Tensor = conv2d_input(shape, weight, torch.ones_like(reached), *options)
-    return grad[0]
+    with torch.enable_grad():
+        probe = torch.zeros((1, *sample), dtype=torch.float64, requires_grad=True)
+        torch.nn.functional.conv2d(probe, weight, None, *options).sum().backward()
+    assert probe.grad is not None
+    return probe.grad[0]

@@ -142,7 +142,7 @@ def weight_grad(op: nn.Module, x_B: Tensor, g_B: Tensor) -> Tensor:
     """Gradient of the weights for input x_B and output gradient g_B, summed over the batch."""
     if isinstance(op, nn.Conv2d):
         return conv2d_weight(  # type: ignore[no-any-return]
-            x_B, op.weight.shape, g_B, op.stride, op.padding, op.dilation, op.groups
+            x_B, op.weight.shape, g_B, op.stride, _padding(op), op.dilation, op.groups
         )
     grad: Tensor = g_B.flatten(0, -2).T @ x_B.flatten(0, -2)
     return grad
@@ -154,12 +154,21 @@ def _apply(op: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def _padding(op: nn.Conv2d) -> tuple[int, ...]:
+    """The padding in numbers; torch's gradient functions take no words."""
+    if not isinstance(op.padding, str):
+        return op.padding
+    if op.padding == "valid":
+        return (0, 0)
+    return tuple(d * (k - 1) // 2 for d, k in zip(op.dilation, op.kernel_size, strict=True))
+
+
 def _input_grad(op: nn.Module, x_TB: Tensor, weight: Tensor, g_TB: Tensor) -> Tensor:
     grad: Tensor
     if not isinstance(op, nn.Conv2d):
         grad = g_TB @ weight
         return grad
     shape, g = x_TB.flatten(0, 1).shape, g_TB.flatten(0, 1)
-    grad = conv2d_input(shape, weight, g, op.stride, op.padding, op.dilation, op.groups)
+    grad = conv2d_input(shape, weight, g, op.stride, _padding(op), op.dilation, op.groups)
     grad = grad.unflatten(0, x_TB.shape[:2])
     return grad
