@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = {
     lang: re.findall(rf"```{lang}\n(.*?)```", README, re.S) for lang in ("bash", "toml", "python")
 }
-# pip needs a network, and cifar10 a GPU; what follows `pip install .` is run with snnbench installed.
+# pip needs a network, and cifar10 a GPU; the others are run with snnbench installed.
 COMMANDS = [
     part.strip()
     for block in BLOCKS["bash"]

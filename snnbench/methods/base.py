@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,3 +79,46 @@ class Method:
         loss = self.loss(logits_TBK, target, progress)
         (self.loss_scale(len(x_TB)) * loss).backward()
         return loss.detach()
+
+
+class OnlineMethod(Method):
+    """One backward pass per timestep: membranes are carried on, their gradient is not.
+
+    Memory does not grow with T, and BatchNorm sees one timestep at a time.
+    """
+
+    def drawn(self, T: int) -> set[int]:
+        """Timesteps that are back-propagated."""
+        return set(range(T))
+
+    def current(self, layer: Layer, x_1B: tuple[Tensor, ...], memory: dict[Any, Tensor]) -> Tensor:
+        """Input current [B, ...] of one timestep; `memory` lasts for the batch."""
+        c_1B: Tensor = layer.current(*x_1B)
+        return c_1B[0]
+
+    def backward(self, net: Network, x_TB: Tensor, target: Tensor, progress: float) -> Tensor:
+        """Fill `.grad` step by step; the loss comes back, detached."""
+        T = len(x_TB)
+        drawn = self.drawn(T)
+        memory: dict[Any, Tensor] = {}
+        v: dict[Layer, Tensor] = {}
+
+        def run(layer: Layer, *x_1B: Tensor) -> Tensor:
+            if layer.neuron is None:
+                return self.run(layer, *x_1B)
+            c = self.current(layer, x_1B, memory)
+            s, _, after = layer.neuron.step(c, v.get(layer))
+            v[layer] = after.detach()
+            s_1B: Tensor = s.to(c.dtype)[None]
+            self.observe(layer, s_1B)
+            return s_1B
+
+        total = torch.zeros((), device=x_TB.device)
+        for t, x_B in enumerate(x_TB):
+            with torch.set_grad_enabled(t in drawn):
+                logits_1BK = self.readout(net(x_B[None], run), progress)
+                loss = self.loss(logits_1BK, target, progress) / T
+            if t in drawn:
+                loss.backward()
+            total = total + loss.detach()
+        return total

@@ -15,13 +15,12 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge
-from torch import Tensor
 
-from snnbench.methods.base import Method
-from snnbench.models.layer import Layer, Network
+from snnbench.methods.base import OnlineMethod
+from snnbench.models.layer import Network
 
 
-class SLTT(Method):
+class SLTT(OnlineMethod):
     """One backward pass per timestep, none through the membrane; overrides backward."""
 
     @dataclass(frozen=True)
@@ -38,28 +37,6 @@ class SLTT(Method):
         k = self.config.k
         return None if k is None or k <= T else f"k = {k} timesteps cannot be drawn from T = {T}"
 
-    def backward(self, net: Network, x_TB: Tensor, target: Tensor, progress: float) -> Tensor:
-        """Fill `.grad` step by step; the loss comes back, detached."""
-        T = len(x_TB)
-        drawn = set(torch.randperm(T)[: self.config.k].tolist())
-        v: dict[Layer, Tensor] = {}
-
-        def run(layer: Layer, *x_1B: Tensor) -> Tensor:
-            if layer.neuron is None:
-                return self.run(layer, *x_1B)
-            (c,) = layer.current(*x_1B)
-            s, _, after = layer.neuron.step(c, v.get(layer))
-            v[layer] = after.detach()
-            s_1B: Tensor = s.to(c.dtype)[None]
-            self.observe(layer, s_1B)
-            return s_1B
-
-        total = torch.zeros((), device=x_TB.device)
-        for t, x_B in enumerate(x_TB):
-            with torch.set_grad_enabled(t in drawn):
-                logits_1BK = self.readout(net(x_B[None], run), progress)
-                loss = self.loss(logits_1BK, target, progress) / T
-            if t in drawn:
-                loss.backward()
-            total = total + loss.detach()
-        return total
+    def drawn(self, T: int) -> set[int]:
+        """k of the timesteps, or all."""
+        return set(torch.randperm(T)[: self.config.k].tolist())
