@@ -29,7 +29,8 @@ class OTTT(OnlineMethod):
 
     def current(self, layer: Layer, x_1B: tuple[Tensor, ...], memory: dict[Any, Tensor]) -> Tensor:
         """Value of the spikes' current, gradient of the traces' at the weights."""
-        decay = torch.as_tensor(layer.neuron.decay).detach()
+        decay = layer.neuron.decay
+        decay = decay.detach() if isinstance(decay, Tensor) else decay
         parts = [_current(f, x, memory, decay) for f, x in zip(layer.synapses, x_1B, strict=True)]
         return sum(parts[1:], start=parts[0])[0]
 
