@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+# Two test processes share the cores: more threads each would wait for one another, not work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Columns that a clock or the operating system decides; all others must be reproducible.
 TIMING = {
     "train_s", "eval_s", "wall_s", "overhead_s", "measure_s", "worker_s", "step_ms_p25",
