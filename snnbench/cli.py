@@ -117,6 +117,7 @@ def run(
     """Do what is missing of a suite."""
     from snnbench import console, runner
     from snnbench import suite as suites
+    from snnbench.store import FAILURES
 
     choice = runner.Choice(suites.parse_only(only or ()), redo, retry_failed)
     loaded, specs = runner.specs_of(suite, set_ or [])
@@ -154,6 +155,10 @@ def run(
     if outcome.failed:
         console.say(f"{outcome.failed} runs failed")
         _next(quiet, again if retry_failed else f"{again} --retry-failed")
+        raise typer.Exit(ExitCode.RUNS_FAILED)
+    if earlier := sum(r.status in FAILURES and not r.todo for r in plan.runs):
+        console.say(f"{earlier} runs failed earlier")
+        _next(quiet, f"{again} --retry-failed")
         raise typer.Exit(ExitCode.RUNS_FAILED)
     _next(quiet, f"snnbench report {loaded.name}{where} --format md")
 

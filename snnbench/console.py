@@ -205,8 +205,8 @@ class Bars:
     def message(self, message: dict[str, Any]) -> None:
         """The run in progress says something."""
         if self._run is not None and message.get("event") == "epoch":
-            acc = message["test_acc"]
-            note = "" if acc is None else f"test {100 * acc:.2f}%"
+            acc = message["val_acc"]
+            note = "" if acc is None else f"val {100 * acc:.2f}%"
             self._progress.update(
                 self._run, total=message["epochs"], completed=message["epoch"], note=note
             )
@@ -229,10 +229,13 @@ class Bars:
 
 def begin_line(plan: Plan) -> str:
     """What is about to be done."""
-    done = len(plan.runs) - len(plan.todo)
+    failed = sum(r.status in FAILURES and not r.todo for r in plan.runs)
+    done = len(plan.runs) - len(plan.todo) - failed
+    failures = f", {failed} failed (--retry-failed does them again)" if failed else ""
     left = f", about {duration(plan.estimate_s)}" if plan.todo and plan.estimate_s else ""
     return (
-        f"{plan.suite.name}: {len(plan.runs)} runs, {done} done already, {len(plan.todo)} to do"
+        f"{plan.suite.name}: {len(plan.runs)} runs, {done} done already{failures}, "
+        f"{len(plan.todo)} to do"
         f"{left}; results in {plan.folder.path}"
     )
 
@@ -245,5 +248,5 @@ def outcome_text(row: Mapping[str, Any]) -> str:
     spikes = "no" if count is None else f"{count:.0f}"
     return (
         f"done: test {100 * row['test_acc']:.2f}%, {spikes} spikes a sample, "
-        f"step {row['step_ms_p50']:.1f} ms, training {duration(row['train_s'])}"
+        f"step {row['step_ms_p50']:.1f} ms"
     )

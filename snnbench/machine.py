@@ -26,6 +26,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         else os.cpu_count(),
         "memory_gib": _memory_gib(),
         "device": device.type,
+        "threads": torch.get_num_threads(),  # they change the order of sums, and so results
     }
     label = f"cpu-{hardware['cores']}c"
     if device.type == "cuda":
@@ -36,7 +37,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {
         **hardware,
         "machine_id": f"{label}-{digest(canonical(hardware))[:6]}",
-        "threads": torch.get_num_threads(),
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,

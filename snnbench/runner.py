@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from platformdirs import user_cache_dir
 
 from snnbench import registry
-from snnbench.errors import ResultsError, WorkerError
+from snnbench.errors import DataError, ResultsError, SuiteError, WorkerError
 from snnbench.executors.local import Handle, LocalExecutor
 from snnbench.spec import SCHEMA, RunSpec, canonical, digest
 from snnbench.store import ENDED, FAILURES, RunFolder, Status, SuiteFolder, publish_json
@@ -164,9 +164,9 @@ def run(
         listener.begin(plan)
         todo = plan.todo
         executor = LocalExecutor(_preload(p.spec for p in todo))
-        if todo:
-            executor.start()
         with _Interrupts() as interrupts:
+            if todo:
+                _check_data(todo, executor, context)
             for number, planned in enumerate(todo, 1):
                 folder = plan.folder.run(planned.spec.run_id)
                 _make_ready(planned, plan.folder, folder, listener)
@@ -184,6 +184,17 @@ def run(
                     break
         writer.write()
     return outcome
+
+
+def _check_data(
+    todo: Sequence[Planned], executor: LocalExecutor, context: Mapping[str, Any]
+) -> None:
+    """Read each dataset once before any run does; raises DataError, and nothing is recorded."""
+    wanted = {canonical([p.spec.dataset, p.spec.data]): p.spec for p in todo}
+    sets = [[spec.dataset, spec.data] for spec in wanted.values()]
+    answer = executor.call("check_data", {"datasets": sets, "context": dict(context)})
+    if answer["errors"]:
+        raise DataError("\n".join(answer["errors"]))
 
 
 def _make_ready(
@@ -243,7 +254,7 @@ def _do(
     handle.close()
     if storage:
         raise ResultsError(storage)
-    wall_s = time.monotonic() - began
+    wall_s = time.monotonic() - (started or began)
     folder.append({"event": "exit", "wall_s": wall_s})
     if folder.result() is None:
         _record_death(spec, folder, handle, crash, limit if timed_out else None, stopped)
@@ -379,7 +390,8 @@ def check_method(name: str) -> list[dict[str, Any]]:
     """Clauses of the method contract, each with name, ok and detail; raises on a broken method."""
     component = registry.find("methods", name)
     answer = LocalExecutor(_built_in_modules([component])).call("contract", {"name": name})
-    fail(f"method {name}", answer["errors"])
+    if answer["errors"]:
+        raise SuiteError("\n".join(answer["errors"]))
     return list(answer["checks"])
 
 

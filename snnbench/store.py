@@ -5,7 +5,7 @@
     results/<suite>/runs/<run_id>/           one run:
         spec.json       what to do
         events.jsonl    append-only: start, one line an epoch, interruptions
-        checkpoint.pt   after each epoch, to go on from
+        checkpoint.pt   at the end of an epoch, 10 s or more after the last; gone once done
         log.txt         whatever the process printed
         result.json     written last, by rename: its existence means that the run has ended
 

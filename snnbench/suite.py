@@ -226,6 +226,12 @@ def expand(suite: Suite, options: Options) -> list[RunSpec]:
         )
         if T in own
     ]
+    early = suite.train.inherit
+    if early is not None and (late := [s.T for s in specs if s.T <= early.T]):
+        raise SuiteError(
+            f"suite '{suite.name}': train.inherit.T = {early.T} must be below every T of the "
+            f"suite; it has T = {min(late)}"
+        )
     specs = [s for s in specs if not any(matches(s, rule) for rule in suite.exclude)]
     if not specs:
         raise SuiteError(f"suite '{suite.name}': 'exclude' leaves no run")
@@ -273,6 +279,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return document
     if not isinstance(parent, str):
         raise SuiteError(f"{path}: extends = {parent!r}: name one suite or file")
+    if "name" not in document:
+        raise SuiteError(
+            f"{path}: name: missing; without its own, results would mix with the "
+            f"results of '{parent}'"
+        )
     beside = path.parent / parent
     try:
         base = beside if beside.is_file() else locate(parent)

@@ -108,6 +108,7 @@ def train(job: Job) -> dict[str, Any]:
         metrics["nulls"] |= dict.fromkeys(("spikes_per_sample", "firing_rate"), why)
     metrics["test_acc_with_heads"] = accuracy_with_heads(job, splits["test"])
     metrics["measure_s"] += time.perf_counter() - began
+    metrics["measure_s"] += sum(at["measure_s"] for at in state["fidelity"])
     return {
         **metrics,
         **summary(state, first=plan[-1].first),
@@ -241,12 +242,16 @@ def accuracy(
     """Share of samples whose largest time-mean logit is that of their class."""
     job.net.eval()
     correct = torch.zeros((), dtype=torch.int64, device=job.device)
+    finite = torch.ones((), dtype=torch.bool, device=job.device)
     size = job.spec.train.eval_batch_size
     for x_B, y_B in zip(split.x.split(size), split.y.split(size), strict=True):
         job.stop()
         with autocast(job):
             logits_TBK = (forward or job.net)(job.data.encode(x_B, T))
         correct += (logits_TBK.mean(0).argmax(1) == y_B).sum()
+        finite &= logits_TBK.isfinite().all()
+    if not finite:
+        raise DivergedError("the logits are not finite at evaluation")
     return correct.item() / len(split)
 
 
@@ -265,13 +270,15 @@ def measure_fidelity(job: Job, split: Split, plan: list[Phase], state: dict[str,
     wanted, epoch = job.spec.measure.gradient_fidelity, state["epoch"]
     if wanted is None or (epoch % wanted.every and epoch < plan[-1].end):
         return
+    began = time.perf_counter()
     phase = next((p for p in plan if epoch < p.end), plan[-1])
     size = min(job.spec.train.batch_size, len(split))
     x_TB = job.data.encode(split.x[:size], phase.T)
     job.net.train()
     with autocast(job):
         seen = fidelity(job.method, job.net, x_TB, split.y[:size], epoch / plan[-1].end)
-    state["fidelity"].append({"epoch": epoch, "T": phase.T, **seen})
+    seen |= {"epoch": epoch, "T": phase.T, "measure_s": time.perf_counter() - began}
+    state["fidelity"].append(seen)
 
 
 @torch.no_grad()
@@ -297,13 +304,13 @@ def probe(job: Job, split: Split) -> dict[str, Any]:
     trainable, optimizer = prepare(job)
     job.net.train()
     size = min(job.spec.train.batch_size, len(split))
-    x_B, y_B = split.x[:size], split.y[:size]
+    x_B, y_B = split.x[:size].clone(), split.y[:size].clone()
     x_TB = job.data.encode(x_B, job.spec.T)
 
     def backward() -> None:
         job.method.backward(job.net, x_TB, y_B, 0.0)
 
-    known = [*trainable.parameters(), *trainable.buffers(), x_TB]
+    known = [*trainable.parameters(), *trainable.buffers(), x_TB, y_B]
     with autocast(job):
         saved = saved_bytes(backward, known)
     why_not = reset_peak(job.device)

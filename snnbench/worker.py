@@ -92,6 +92,19 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_data(request: dict[str, Any]) -> dict[str, Any]:
+    """Load each of the `datasets` [[name, options], ...]; the errors, one line each."""
+    context, errors = Context(**request["context"]), []
+    for name, options in request["datasets"]:
+        try:
+            _build("datasets", name, options).load(
+                Path(context.data_root), context.allow_unverified_data
+            )
+        except SnnbenchError as error:
+            errors.append(str(error))
+    return {"errors": errors}
+
+
 def contract(request: dict[str, Any]) -> dict[str, Any]:
     """The clauses of the method contract for the method `name`, as data."""
     try:
@@ -172,6 +185,8 @@ def _finish(run: RunFolder, context: Context, send: Callable[[dict[str, Any]], N
     stop.ignore()
     record["worker_s"] = time.perf_counter() - began
     run.finish(record)
+    if record["status"] == "done":
+        run.checkpoint.unlink(missing_ok=True)
 
 
 def _train(

@@ -84,8 +84,9 @@ class LocalExecutor:
 
     def start(self) -> None:
         """Begin to warm the server up, in the background."""
-        from multiprocessing import forkserver
+        from multiprocessing import forkserver, resource_tracker
 
+        resource_tracker.ensure_running()  # it would unblock the signal below
         # Ctrl-C is for the parent to handle, also while the server still imports torch.
         old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

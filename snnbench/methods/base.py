@@ -29,6 +29,8 @@ class Method:
     source: ClassVar[str]
     # Set by a method that trains another kind of neuron than the suite's.
     neuron: ClassVar[ReLU | None] = None
+    # Hooks that this method's `backward` does not call: no other method can bring them along.
+    ignores: ClassVar[tuple[str, ...]] = ()
     # Hyper-parameters and T (None: any) at which the gradients must equal those of BPTT.
     bptt_limit: ClassVar[tuple[dict[str, Any], int | None]] = ({}, None)
 
@@ -87,6 +89,8 @@ class OnlineMethod(Method):
     Memory does not grow with T, and BatchNorm sees one timestep at a time.
     """
 
+    ignores = ("run", "loss_scale")
+
     def drawn(self, T: int) -> set[int]:
         """Timesteps that are back-propagated."""
         return set(range(T))
@@ -105,7 +109,7 @@ class OnlineMethod(Method):
 
         def run(layer: Layer, *x_1B: Tensor) -> Tensor:
             if layer.neuron is None:
-                return self.run(layer, *x_1B)
+                return layer(*x_1B)  # type: ignore[no-any-return]
             c = self.current(layer, x_1B, memory)
             s, _, after = layer.neuron.step(c, v.get(layer))
             v[layer] = after.detach()

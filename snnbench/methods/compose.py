@@ -22,6 +22,11 @@ def compose(name: str, parts: Sequence[type[Method]]) -> type[Method]:
         if len(owners) > 1:
             raise SuiteError(f"{name}: {' and '.join(owners)} both override '{hook}'")
 
+        for n, p in zip(names, parts, strict=True):
+            others = [o for o in owners if o != n]
+            if hook in p.ignores and others:
+                raise SuiteError(f"{name}: {n} never calls '{hook}', which {others[0]} overrides")
+
     def supports(self: Method, net: Network, T: int) -> str | None:
         return next((why for p in parts if (why := p.supports(self, net, T))), None)
 
