@@ -186,7 +186,11 @@ def plan(
         f"{len(planned.runs)} runs, {len(planned.todo)} to do"
         + (f", about {time} on this machine" if time and planned.todo else "")
     )
-    console.hint(f"snnbench run {suite}" if planned.todo else f"snnbench report {loaded.name}")
+    if not planned.runs:
+        raise UsageError(f"--only: no run of '{loaded.name}' fits")
+    where = "" if results == Path("results") else f" --results {results}"
+    again = _same_command().replace("snnbench plan", "snnbench run", 1)
+    console.hint(again if planned.todo else f"snnbench report {loaded.name}{where}")
 
 
 @app.command()
@@ -215,7 +219,7 @@ def report(
         console.print_data(markdown.render(built))
     else:
         console.print_report(built, content.LEGEND, content.PUBLISHED_COLUMNS)
-        console.hint("snnbench report --format md, or snnbench show RUN_ID")
+        console.hint(f"{_same_command()} --format md, or snnbench show RUN_ID")
 
 
 @app.command()
@@ -237,6 +241,7 @@ def plot(
 
     folder = _results_of(what, results)
     console.say(f"written: {plots.draw(folder, figure, output or folder.path / f'{figure}.png')}")
+    console.hint(f"snnbench report {folder.path.name}")
 
 
 @app.command("list")
@@ -258,6 +263,10 @@ def list_(what: What, as_json: Json = False) -> None:
     columns = [c for c in rows[0] if c not in ("distribution", "version")]
     wrap = [c for c in columns if c != "name"]
     console.print_table(columns, [[r[c] for c in columns] for r in rows], wrap=wrap)
+    follow = {"suites": "snnbench plan NAME", "methods": "snnbench check NAME"}
+    console.hint(
+        follow.get(what.value, "name it in the [axes] of a suite, then snnbench plan SUITE")
+    )
 
 
 @app.command()

@@ -90,13 +90,34 @@ def print_report(report: Report, legend: str, published_columns: Sequence[str]) 
     for fact in report.facts:
         console.print(f"  {escape(fact)}", soft_wrap=True)
     console.print()
-    print_table(report.columns, report.rows, right=report.columns[1:])
-    console.print()
+    for columns in _fitting(report, console):
+        chosen = [report.columns[i] for i in columns]
+        rows = [[row[i] for i in columns] for row in report.rows]
+        print_table(chosen, rows, right=chosen[1:])
+        console.print()
     console.print(f"[dim]{escape(legend.replace('*', ''))}[/]")
     if report.published:
         print_table(published_columns, report.published, wrap=["source"])
     for note in report.notes:
         console.print(f"  {escape(note)}", soft_wrap=True)
+
+
+def _fitting(report: Report, console: Console) -> list[list[int]]:
+    """Columns of the table, or of several that fit on the terminal, each with the keys."""
+    widths = [
+        max(map(len, column)) + 1 for column in zip(report.columns, *report.rows, strict=True)
+    ]
+    keys = list(range(report.keys))
+    if not console.is_terminal or sum(widths) <= console.width:
+        return [list(range(len(widths)))]
+    tables, used = [list(keys)], sum(widths[: report.keys])
+    for i in range(report.keys, len(widths)):
+        if used + widths[i] > console.width and len(tables[-1]) > len(keys):
+            tables.append(list(keys))
+            used = sum(widths[: report.keys])
+        tables[-1].append(i)
+        used += widths[i]
+    return tables
 
 
 def print_run(details: Mapping[str, Any]) -> None:

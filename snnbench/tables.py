@@ -5,6 +5,7 @@ The columns of runs.csv are a stable contract: later versions append.
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -145,9 +146,14 @@ def fidelity_rows(suite: str, folder: RunFolder) -> list[dict[str, Any]]:
 
 
 class Writer:
-    """Keeps the tables of a suite's folder up to date; a run is read again only if told so."""
+    """Keeps the tables of a suite's folder up to date; a run is read again only if told so.
+
+    Rows of runs that have no folder here, as in a clone with committed tables, are kept.
+    """
 
     def __init__(self, suite: str, folder: SuiteFolder) -> None:
+        paths = (folder.runs_csv, folder.epochs_csv, folder.fidelity_csv)
+        self._before = {path: _rows(path) for path in paths}
         self._suite, self._folder = suite, folder
         self._runs: dict[str, dict[str, Any]] = {}
         self._epochs: dict[str, list[dict[str, Any]]] = {}
@@ -168,13 +174,27 @@ class Writer:
 
     def write(self) -> None:
         """Publish the tables, each whole or not at all."""
-        order = sorted(self._runs)
-        epochs = [row for i in order for row in self._epochs[i]]
-        fidelity = [row for i in order for row in self._fidelity[i]]
-        _publish(self._folder.runs_csv, [self._runs[i] for i in order], RUN_COLUMNS)
-        _publish(self._folder.epochs_csv, epochs, EPOCH_COLUMNS)
-        if fidelity:
-            _publish(self._folder.fidelity_csv, fidelity, FIDELITY_COLUMNS)
+        folder, runs = self._folder, [[row] for row in self._runs.values()]
+        self._write(folder.runs_csv, runs, RUN_COLUMNS)
+        self._write(folder.epochs_csv, self._epochs.values(), EPOCH_COLUMNS)
+        if any(self._fidelity.values()) or self._before[folder.fidelity_csv]:
+            self._write(folder.fidelity_csv, self._fidelity.values(), FIDELITY_COLUMNS)
+
+    def _write(
+        self, path: Path, by_run: Iterable[list[dict[str, Any]]], columns: Iterable[str]
+    ) -> None:
+        kept = [row for row in self._before[path] if row.get("run_id") not in self._runs]
+        rows = [*kept, *(row for rows in by_run for row in rows)]
+        _publish(path, sorted(rows, key=lambda row: str(row["run_id"])), columns)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table as text; none where there is no readable table."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if row.get("run_id")]
+    except (OSError, ValueError, csv.Error):
+        return []
 
 
 def _publish(path: Path, rows: list[dict[str, Any]], columns: Iterable[str]) -> None:

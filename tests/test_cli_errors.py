@@ -460,9 +460,10 @@ def test_missing_data_root(here: Path) -> None:
     (here / "t.toml").write_text(SUITE.replace("digits", "cifar10"))
     code, out, err = spawn("run", "t.toml", "--data-root", "nowhere", "--only", "method=bptt")
     assert "Traceback" not in err
-    assert (code in (ExitCode.RUNS_FAILED, ExitCode.DATA), out) == (True, "")
-    (line,) = [line for line in err.splitlines() if "nowhere" in line and "failed:" in line]
-    assert "train" in line or "missing" in line
+    assert (code, out) == (ExitCode.DATA, "")
+    (line,) = err.splitlines()[-1:]
+    assert line.startswith("error: cifar10: nowhere")
+    assert "snnbench data fetch cifar10" in line
 
 
 HEAVY = """

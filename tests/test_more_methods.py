@@ -277,6 +277,44 @@ def test_two_owners_of_a_hook_are_refused_by_name():
         registry.find("methods", "sltt+ottt").load()
 
 
+@pytest.mark.parametrize("name", ["grad_scale+ottt", "sltt+bptt", "rate+sltt"])
+def test_a_part_that_would_never_run_is_refused(name):
+    with pytest.raises(SuiteError, match=r"never calls 'run'|both override"):
+        registry.find("methods", name).load()
+
+
+def test_every_accepted_pair_differs_from_its_parts():
+    """No table may carry the name of a method that did not run."""
+    torch.manual_seed(0)
+    net = ConvNet(ConvNet.Config(width=4), (1, 8, 8), K, NEURON).double()
+    x, y = torch.randn(T, B, 1, 8, 8, dtype=torch.float64), torch.arange(B) % K
+    names = [n for n in registry.BUILT_IN["methods"] if n not in ("bptt", "ann")]
+    alone = {}
+    for n in names:
+        cls = registry.find("methods", n).load()
+        alone[n] = grads(cls(), net, x, y)
+    accepted = 0
+    for i, one in enumerate(names):
+        for two in names[i + 1 :]:
+            try:
+                cls = registry.find("methods", f"{one}+{two}").load()
+            except SuiteError:
+                continue
+            accepted += 1
+            both = grads(cls(), net, x, y)
+            for part in (one, two):
+                assert any(not torch.equal(both[k], alone[part][k]) for k in both), (one, two)
+    assert accepted >= 6
+
+
+def test_ottt_gives_a_learned_decay_no_gradient_through_the_trace():
+    x, y = batch(4)
+    neuron = replace(NEURON, learn_decay=True)
+    ottt, sltt = (grads(m, mlp(neuron), x, y) for m in (OTTT(), SLTT()))
+    for k in ("hidden.0.decay_logit", "hidden.1.decay_logit"):
+        torch.testing.assert_close(ottt[k], sltt[k], atol=1e-6, rtol=0)
+
+
 def test_a_composed_config_is_validated_by_each_part():
     cls = registry.find("methods", "tet+grad_scale").load()
     errors = []

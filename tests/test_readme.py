@@ -88,9 +88,26 @@ def test_the_method_of_the_readme_keeps_the_contract():
 
     space = {}
     exec(BLOCKS["python"][0], space)
-    method = space["LastStep"]
+    method = space["MyLoss"]
     checks = check(lambda options: method(method.Config(**options)), method.bptt_limit[0])
     assert [c.name for c in checks if not c.ok] == []
+
+
+def test_the_method_of_the_readme_works_where_the_readme_says(tmp_path):
+    """The skeleton, with the README's code pasted over it, is installed and checked."""
+    made, _, checked = (c for c in COMMANDS if "my_loss" in c or "my-loss" in c)
+    assert run(made, tmp_path).returncode == 0
+    path = re.search(r"`(snnbench-my-loss/\S+)`", README)[1]
+    assert (tmp_path / path).is_file()
+    (tmp_path / path).write_text(BLOCKS["python"][0])
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    pip += ["--no-build-isolation", "--target", "site", "./snnbench-my-loss"]
+    subprocess.run(pip, cwd=tmp_path, check=True, timeout=120)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    words = [sys.executable, "-m", *shlex.split(checked)]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pass") == 7
 
 
 def test_the_readme_shows_the_committed_smoke_table():

@@ -130,17 +130,20 @@ def test_paper_suites_and_their_claims_fit_together(name):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "best", "verdict"),
+    ("epochs", "best", "width", "verdict"),
     [
-        (300, 0.7250, "inside ±1 (+0.28)"),
-        (300, 0.7000, "outside ±1 (-2.22)"),
-        (1, 0.7222, "not comparable: 1 epochs, not 300"),
+        (300, 0.7250, 1.0, "inside ±1 (+0.28)"),
+        (300, 0.7000, 1.0, "outside ±1 (-2.22)"),
+        (1, 0.7222, 1.0, "not comparable: 1 epochs, not 300"),
+        (300, 0.7222, 0.5, "not comparable: other model.width"),
     ],
 )
-def test_a_published_figure_stands_beside_the_measured_one(tmp_path, epochs, best, verdict):
+def test_a_published_figure_stands_beside_the_measured_one(tmp_path, epochs, best, width, verdict):
+    paper = load("papers/shortcut")
     spec = dataclasses.replace(
         make_job().spec, dataset="cifar100", model="resnet18", method="bptt", T=4,
-        method_config={"truncation": None},
+        method_config={"truncation": None}, train=paper.train, model_options={"width": width},
+        data={**paper.data, "train_limit": None, "test_limit": None},
     )  # fmt: skip
     folder = SuiteFolder(tmp_path / "papers-shortcut")
     run = folder.run(spec.run_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -12,7 +12,7 @@ import pandas as pd
 from snnbench import tables
 from snnbench.stats import Estimate
 from snnbench.store import SuiteFolder
-from snnbench.suite import Claim, published_claims
+from snnbench.suite import Claim, load, published_claims, shipped
 from snnbench.tables import Cell
 
 DASH = "–"
@@ -25,7 +25,8 @@ LEGEND = (
     "the epoch chosen on a validation split cut from train. *best test*: optimistic, for "
     "comparison with papers only. Mean ± half a 95% Student-t interval (n seeds); Δ is paired by "
     "seed, weights and batches. Spikes, SOPs and MACs are per test sample; memory and time are "
-    "those of training steps, and compare within one machine only."
+    "those of training steps, and compare within one machine only; on a CPU the peak is that of "
+    "the whole process, torch included."
 )
 
 
@@ -38,6 +39,7 @@ class Report:
     facts: list[str]
     columns: list[str]
     rows: list[list[str]]
+    keys: int  # columns that say what a row is; the others are figures
     published: list[list[str]]
     notes: list[str]
     records: list[dict[str, Any]]
@@ -50,18 +52,28 @@ def build(folder: SuiteFolder) -> Report:
     cells = tables.summarise(frame)
     lifted, own = _split_constant(cells)
     own += tables.differing_settings(cells)
+    named = _named_settings(frame)
     figures = [*FIGURES, *(f for f in OPTIONAL if any(f[1](c) != DASH for c in cells))]
     suite = plan.get("suite", {})
     return Report(
         title=str(suite.get("name", folder.path.name)),
         claim=str(suite.get("claim", "")),
         facts=_facts(frame, lifted),
-        columns=["method", *own, *(heading for heading, _ in figures)],
+        columns=[
+            "method",
+            *("settings" if k == "settings_hash" else k for k in own),
+            *(heading for heading, _ in figures),
+        ],
         rows=[
-            [c.label, *(str(c.conditions[k]) for k in own), *(write(c) for _, write in figures)]
+            [
+                c.label,
+                *(named.get(c.conditions[k], str(c.conditions[k])) for k in own),
+                *(write(c) for _, write in figures),
+            ]
             for c in cells
         ],
-        published=_published(str(suite.get("name", folder.path.name)), cells),
+        keys=1 + len(own),
+        published=_published(str(suite.get("name", folder.path.name)), cells, frame),
         notes=_notes(frame, plan),
         records=[_record(cell) for cell in cells],
     )
@@ -71,7 +83,7 @@ def _split_constant(cells: list[Cell]) -> tuple[dict[str, str], list[str]]:
     """Conditions equal in all cells are said once, above the table; the others are columns."""
     keys = ("T", "dataset", "model")
     values = {k: {str(c.conditions[k]) for c in cells} for k in keys}
-    lifted = {k: next(iter(v)) for k, v in values.items() if len(v) == 1 and k != "T"}
+    lifted = {k: next(iter(v)) for k, v in values.items() if len(v) == 1}
     return lifted, [k for k in keys if k not in lifted]
 
 
@@ -116,9 +128,17 @@ FIGURES: list[tuple[str, Callable[[Cell], str]]] = [
     ("saved MiB", _metric("saved_bytes", number, 2, 2**-20)),
     ("step ms", _metric("step_ms_p50", number, 2)),
 ]
+
+
+def _with_heads(cell: Cell) -> str:
+    """Nothing where the heads end at weight 0, and so change nothing."""
+    e, plain = cell.estimates["test_acc_with_heads"], cell.estimates["test_acc"]
+    return DASH if e is None or plain is None or e.mean == plain.mean else percent(e)
+
+
 # Shown where at least one cell has them.
 OPTIONAL: list[tuple[str, Callable[[Cell], str]]] = [
-    ("last with heads", _metric("test_acc_with_heads", percent)),
+    ("last with heads", lambda cell: _with_heads(cell)),
     ("cos init", _metric("grad_cos_bptt_init", number, 3)),
     ("norm ratio init", _metric("grad_norm_ratio_init", number, 3)),
     ("cos", _metric("grad_cos_bptt", number, 3)),
@@ -126,9 +146,30 @@ OPTIONAL: list[tuple[str, Callable[[Cell], str]]] = [
 ]
 
 
-def _published(suite: str, cells: list[Cell]) -> list[list[str]]:
+def _named_settings(frame: pd.DataFrame) -> dict[str, str]:
+    """What sets the settings of a cell apart from those of the others, by their hash."""
+    both = zip(frame["settings_hash"], frame["settings"], strict=True)
+    flat = {h: _flat(json.loads(s)) for h, s in both if isinstance(s, str)}
+    keys = sorted({k for f in flat.values() for k in f})
+    varied = [k for k in keys if len({str(f.get(k)) for f in flat.values()}) > 1]
+    return {
+        h: ", ".join(f"{k}={f.get(k)}" for k in varied) for h, f in flat.items() if len(flat) > 1
+    }
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested settings by their key paths."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        where = f"{path}{key}"
+        flat |= _flat(value, f"{where}.") if isinstance(value, dict) else {where: value}
+    return flat
+
+
+def _published(suite: str, cells: list[Cell], frame: pd.DataFrame) -> list[list[str]]:
     """Published figures beside those measured by the papers' rule, and the verdict."""
     rows = []
+    settings = dict(zip(frame["settings_hash"], frame["settings"], strict=True))
     for claim in published_claims():
         if claim.suite != suite:
             continue
@@ -140,23 +181,31 @@ def _published(suite: str, cells: list[Cell]) -> list[list[str]]:
         ]
         for cell in found:
             value = cell.estimates["test_acc_best_test"]
+            recipe = json.loads(settings[cell.conditions["settings_hash"]])
             rows.append(
                 [
-                    cell.label, claim.dataset, claim.model, str(claim.T),
+                    cell.label,
+                    claim.dataset,
+                    claim.model,
+                    str(claim.T),
                     f"{claim.value:.2f}" + ("" if claim.verified else " (unverified)"),
-                    percent(value, n=True), _verdict(claim, cell), claim.source,
+                    percent(value, n=True),
+                    _verdict(claim, cell, recipe),
+                    claim.source,
                 ]
-            )  # fmt: skip
+            )
     return rows
 
 
-def _verdict(claim: Claim, cell: Cell) -> str:
+def _verdict(claim: Claim, cell: Cell, settings: dict[str, Any]) -> str:
     value = cell.estimates["test_acc_best_test"]
     epochs = cell.estimates["epochs"]
     if value is None or epochs is None:
         return "not measured"
     if epochs.mean != claim.epochs:
         return f"not comparable: {epochs.mean:g} epochs, not {claim.epochs}"
+    if changed := _changed_recipe(claim.suite, settings):
+        return f"not comparable: other {', '.join(changed)}"
     difference = 100 * value.mean - claim.value
     inside = abs(difference) <= claim.tolerance
     return f"{'inside' if inside else 'outside'} ±{claim.tolerance:g} ({difference:+.2f})"
@@ -201,6 +250,18 @@ def _notes(frame: pd.DataFrame, plan: dict[str, Any]) -> list[str]:
             f"{overhead.max():.2f} s) beyond training, evaluation and measurement"
         )
     return notes
+
+
+def _changed_recipe(suite: str, settings: dict[str, Any]) -> list[str]:
+    """Settings that differ from the shipped suite of that name, or that make the data smaller."""
+    shipped_suite = next(s for s in map(load, shipped()) if s.name == suite)
+    train = {k: v for k, v in asdict(shipped_suite.train).items() if k != "timeout_s"}
+    wanted = {"train": train, "data": shipped_suite.data, "model": shipped_suite.model}
+    wanted["data"] = {"train_limit": None, "test_limit": None, **wanted["data"]}
+    wanted["model"] = {"width": 1.0, **wanted["model"]}
+    mine = _flat(settings)
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in _flat(wanted).items()}
+    return [k for k, v in plain.items() if mine.get(k, v) != v]
 
 
 RECORD_COLUMNS = [
