@@ -83,7 +83,7 @@ DOORS = {
     "multiprocessing": ["executors.local"],
     "subprocess": [],
 }
-LINES, METHOD_LINES = 410, 220
+LINES, METHOD_LINES = 430, 220
 
 
 def fits(module: str, patterns: list[str]) -> bool:

@@ -324,7 +324,8 @@ def test_failures_are_reported_and_retried_on_demand(bench, choices, tmp_path):
 
     before = written_at(results / "tiny")
     again = bench.run(*command)
-    assert "3 done already, 0 to do" in again.stderr
+    assert "1 done already, 2 failed (--retry-failed does them again), 0 to do" in again.stderr
+    assert again.returncode == ExitCode.RUNS_FAILED
     assert written_at(results / "tiny") == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,16 +179,23 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def extended(folder: Path, text: str, base: str = BASE) -> Suite:
     written(folder, base, "base.toml")
-    return load(written(folder, 'extends = "base.toml"\n' + text))
+    return load(written(folder, 'extends = "base.toml"\nname = "child"\n' + text))
 
 
 def test_extends_nothing_else(tmp_path: Path) -> None:
-    assert extended(tmp_path, "") == load(str(tmp_path / "base.toml"))
+    base = load(str(written(tmp_path, BASE, "base.toml")))
+    assert extended(tmp_path, "") == replace(base, name="child")
+
+
+def test_extends_needs_a_name_of_its_own(tmp_path: Path) -> None:
+    written(tmp_path, BASE, "base.toml")
+    with pytest.raises(SuiteError, match="results would mix"):
+        load(written(tmp_path, 'extends = "base.toml"\n'))
 
 
 def test_extends_lays_tables_over_each_other_and_replaces_lists(tmp_path: Path) -> None:
-    suite = extended(tmp_path, 'name = "u"\n[axes]\nT = [8]\n[train]\nmomentum = 0.0\n')
-    assert suite.name == "u"
+    suite = extended(tmp_path, "[axes]\nT = [8]\n[train]\nmomentum = 0.0\n")
+    assert suite.name == "child"
     assert suite.claim == "A claim."
     assert suite.axes.T == (8,)
     assert suite.axes.seed == (0, 1)
@@ -214,15 +222,15 @@ def test_extends_a_shipped_suite(tmp_path: Path) -> None:
 def test_extends_through_two_files_in_other_folders(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     written(tmp_path, BASE, "base.toml")
-    written(tmp_path / "a", 'extends = "../base.toml"\n[axes]\nT = [3]\n', "mid.toml")
-    suite = load(written(tmp_path, 'extends = "a/mid.toml"\n[axes]\nseed = [5]\n'))
+    written(tmp_path / "a", 'extends = "../base.toml"\nname = "mid"\n[axes]\nT = [3]\n', "mid.toml")
+    suite = load(written(tmp_path, 'extends = "a/mid.toml"\nname = "top"\n[axes]\nseed = [5]\n'))
     assert (suite.axes.T, suite.axes.seed) == ((3,), (5,))
 
 
 @pytest.mark.parametrize("names", [("s",), ("s", "b"), ("s", "b", "c")])
 def test_extends_in_a_circle(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name, parent in zip(names, (*names[1:], names[0]), strict=True):
-        written(tmp_path, f'extends = "./{parent}.toml"\n', f"{name}.toml")
+        written(tmp_path, f'extends = "./{parent}.toml"\nname = "round"\n', f"{name}.toml")
     with pytest.raises(SuiteError, match="circle") as caught:
         load(str(tmp_path / "s.toml"))
     assert len(str(caught.value).splitlines()) == 1
@@ -237,7 +245,7 @@ def test_extends_what_is_not_there(tmp_path: Path, parent: str) -> None:
 def test_mistake_in_the_extended_file_is_one_line(tmp_path: Path) -> None:
     written(tmp_path, "x = [", "base.toml")
     with pytest.raises(SuiteError, match=r"base\.toml: not valid TOML"):
-        load(written(tmp_path, 'extends = "base.toml"\n'))
+        load(written(tmp_path, 'extends = "base.toml"\nname = "child"\n'))
 
 
 # --- --set ------------------------------------------------------------------------------------
@@ -286,7 +294,7 @@ def test_set_a_method(tmp_path: Path) -> None:
 
 def test_set_goes_over_the_extended_suite(tmp_path: Path) -> None:
     written(tmp_path, BASE, "base.toml")
-    path = written(tmp_path, 'extends = "base.toml"\n[train]\nepochs = 2\n')
+    path = written(tmp_path, 'extends = "base.toml"\nname = "child"\n[train]\nepochs = 2\n')
     assert load(path, ["train.epochs=3"]).train.epochs == 3
 
 

@@ -690,8 +690,9 @@ def test_conditions_that_differ_are_columns(empty: SuiteFolder) -> None:
     for precision in ("fp32", "bf16"):
         done(empty, replace(SPEC, precision=precision), 0.5)
     built = content.build(write(empty))
-    assert built.columns[:3] == ["method", "T", "precision"]
-    assert sorted(row[2] for row in built.rows) == ["bf16", "fp32"]
+    assert built.columns[:3] == ["method", "precision", "last"]
+    assert sorted(row[1] for row in built.rows) == ["bf16", "fp32"]
+    assert "T: 4" in built.facts
     assert "dataset: digits" in built.facts
 
 
