@@ -10,7 +10,7 @@ import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -58,15 +58,15 @@ Results = Annotated[
     Path, typer.Option("--results", envvar="SNNBENCH_RESULTS", help="Folder of all results.")
 ]
 DataRoot = Annotated[
-    Optional[Path],  # noqa: UP045 - typer reads the annotation at run time
+    Path | None,
     typer.Option("--data-root", envvar="SNNBENCH_DATA", help="Folder of the datasets."),
 ]
 Set = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as train.epochs=5."),
 ]
 Only = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option("--only", metavar="KEY=VALUE", help="Only these runs, as method=tet,T=4."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
@@ -196,7 +196,7 @@ def plan(
 @app.command()
 def report(
     what: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(metavar="[SUITE or FOLDER]", help="Default: the suite run last."),
     ] = None,
     format_: Annotated[
@@ -226,11 +226,11 @@ def report(
 def plot(
     figure: Annotated[str, typer.Argument(help="fidelity, accuracy, saved, step or cosine.")],
     what: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(metavar="[SUITE or FOLDER]", help="Default: the suite run last."),
     ] = None,
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--output", "-o", help="A .png, .svg or .pdf file."),
     ] = None,
     results: Results = Path("results"),
