@@ -115,13 +115,13 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Do what is missing of a suite."""
-    from snnbench import console, runner
+    from snnbench import console, planner, runner
     from snnbench import suite as suites
     from snnbench.store import FAILURES
 
-    choice = runner.Choice(suites.parse_only(only or ()), redo, retry_failed)
-    loaded, specs = runner.specs_of(suite, set_ or [])
-    plan = runner.make_plan(loaded, specs, results, choice)
+    choice = planner.Choice(suites.parse_only(only or ()), redo, retry_failed)
+    loaded, specs = planner.specs_of(suite, set_ or [])
+    plan = planner.make_plan(loaded, specs, results, choice)
     if not plan.runs:
         raise UsageError(f"--only: no run of '{loaded.name}' fits; `snnbench plan` prints all")
     context = {
@@ -172,11 +172,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Print every run of a suite, done or missing, and how long the rest may take."""
-    from snnbench import console, runner
+    from snnbench import console, planner
     from snnbench import suite as suites
 
-    loaded, specs = runner.specs_of(suite, set_ or [])
-    planned = runner.make_plan(loaded, specs, results, runner.Choice(suites.parse_only(only or ())))
+    loaded, specs = planner.specs_of(suite, set_ or [])
+    choice = planner.Choice(suites.parse_only(only or ()))
+    planned = planner.make_plan(loaded, specs, results, choice)
     if as_json:
         console.print_json(planned.to_json())
         return
@@ -290,7 +291,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check a suite, or let a method prove that it keeps the contract."""
-    from snnbench import console, registry, runner
+    from snnbench import console, planner, registry, runner
 
     if what in registry.components("methods") or "+" in what:
         checks = runner.check_method(what)
@@ -302,7 +303,7 @@ def check(
             console.print_table(["", "clause", "seen"], rows, wrap=["seen"])
             console.hint(f'write a suite with [[method]] name = "{what}", then snnbench run it')
         raise typer.Exit(ExitCode.OK if ok else ExitCode.RUNS_FAILED)
-    loaded, specs = runner.specs_of(what, set_ or [])
+    loaded, specs = planner.specs_of(what, set_ or [])
     if as_json:
         console.print_json({"suite": loaded.name, "ok": True, "runs": len(specs)})
         return

@@ -20,8 +20,8 @@ from rich.table import Table
 from snnbench.store import FAILURES
 
 if TYPE_CHECKING:  # they import pandas, which takes half a second
+    from snnbench.planner import Plan, Planned
     from snnbench.report.content import Report
-    from snnbench.runner import Plan, Planned
 
 COLOURS = {"done": "green", "running": "blue", "missing": "dim", "interrupted": "yellow",
            "skipped": "yellow"} | dict.fromkeys(FAILURES, "red")  # fmt: skip

@@ -1,11 +1,8 @@
-"""What of a suite is missing, and its execution: resume, retry, failures, Ctrl-C."""
+"""Doing what a plan says: resume, retry, failures, Ctrl-C."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import signal
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,14 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from platformdirs import user_cache_dir
-
 from snnbench import registry
-from snnbench.errors import DataError, ResultsError, SuiteError, WorkerError
+from snnbench.errors import DataError, ResultsError, SuiteError
 from snnbench.executors.local import Handle, LocalExecutor
-from snnbench.spec import SCHEMA, RunSpec, canonical, digest
-from snnbench.store import ENDED, FAILURES, RunFolder, Status, SuiteFolder, publish_json
-from snnbench.suite import Options, Suite, expand, fail, load, matches, method_variants
+from snnbench.planner import Plan, Planned, built_in_modules
+from snnbench.spec import SCHEMA, RunSpec, canonical
+from snnbench.store import ENDED, FAILURES, RunFolder, SuiteFolder
 
 # A process that ends by one of these was ended by somebody else; by another, by its own fault.
 FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "killed with its server")
@@ -45,68 +40,6 @@ class Listener(Protocol):
         """Something is odd."""
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One run of a plan."""
-
-    spec: RunSpec
-    status: Status
-    todo: bool
-    estimate_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All runs of a suite, and which are to be done."""
-
-    suite: Suite
-    folder: SuiteFolder
-    runs: Sequence[Planned]
-
-    @property
-    def todo(self) -> list[Planned]:
-        """Runs to be done, in order."""
-        return [r for r in self.runs if r.todo]
-
-    @property
-    def estimate_s(self) -> float | None:
-        """Seconds left, if every run to be done could be estimated."""
-        estimates = [r.estimate_s for r in self.todo]
-        return sum(e for e in estimates if e is not None) if None not in estimates else None
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as data."""
-        return {
-            "suite": self.suite.name,
-            "claim": self.suite.claim,
-            "results": str(self.folder.path),
-            "runs": [
-                {
-                    "run_id": r.spec.run_id,
-                    "status": r.status,
-                    "todo": r.todo,
-                    "estimate_s": r.estimate_s,
-                    **{k: getattr(r.spec, k) for k in ("dataset", "model", "method", "T", "seed")},
-                    "method_config": r.spec.method_config,
-                    "kernel": r.spec.kernel,
-                    "precision": r.spec.precision,
-                }
-                for r in self.runs
-            ],
-            "todo": len(self.todo),
-            "estimate_s": self.estimate_s,
-        }
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which runs of a suite to do."""
-
-    only: Mapping[str, list[Any]] = field(default_factory=dict)
-    redo: bool = False
-    retry_failed: bool = False
-
-
 @dataclass
 class Outcome:
     """How a `run` ended."""
@@ -119,30 +52,6 @@ class Outcome:
     def failed(self) -> int:
         """Runs of this call that failed."""
         return sum(self.counts.get(s, 0) for s in FAILURES)
-
-
-def specs_of(name: str, settings: Sequence[str] = ()) -> tuple[Suite, list[RunSpec]]:
-    """The suite and its runs; raises SuiteError with one line per mistake."""
-    suite = load(name, settings)
-    return suite, expand(suite, _options(suite, name))
-
-
-def make_plan(
-    suite: Suite, specs: Sequence[RunSpec], results: Path, choice: Choice | None = None
-) -> Plan:
-    """Which runs are to be done, and how long that may take on this machine."""
-    choice = choice or Choice()
-    folder = SuiteFolder(results / suite.name)
-    past = _past_times(folder)
-    runs = []
-    for spec in specs:
-        if not matches(spec, choice.only):
-            continue
-        status = folder.run(spec.run_id).status()
-        redo = choice.redo or (choice.retry_failed and status in FAILURES)
-        todo = redo or status not in ENDED
-        runs.append(Planned(spec, status, todo, _estimate(spec, past) if todo else None))
-    return Plan(suite, folder, runs)
 
 
 def run(
@@ -310,86 +219,19 @@ class _Interrupts:
         self.count += 1
 
 
-def _options(suite: Suite, name: str) -> Options:
-    """Options of all components, validated by them in a worker, or remembered from last time."""
-    request: dict[str, Any] = {
-        "datasets": list(dict.fromkeys(suite.axes.dataset)),
-        "models": list(dict.fromkeys(suite.axes.model)),
-        "data": suite.data,
-        "model": suite.model,
-        "neuron": suite.neuron,
-        "methods": list(method_variants(suite)),
-    }
-    used = [
-        *(registry.find("datasets", n) for n in request["datasets"]),
-        *(registry.find("models", n) for n in request["models"]),
-        *(registry.find("methods", m["name"]) for _, m in request["methods"]),
-    ]
-    # Only our own code is known by its hash.
-    own = all(c.distribution == "snnbench" for c in used)
-    key = digest(canonical(json.loads(json.dumps(request, default=str))), registry.source_hash())
-    memory = Path(user_cache_dir("snnbench")) / "options" / f"{key[:32]}.json"
-    answer: dict[str, Any] | None = None
-    if own:
-        with contextlib.suppress(OSError, ValueError):
-            answer = json.loads(memory.read_text("utf-8"))
-    parts = ("data", "model", "neuron", "methods")
-    if not isinstance(answer, dict) or any(part not in answer for part in parts):
-        executor = LocalExecutor(_built_in_modules(used))
-        answer = executor.call("resolve", json.loads(json.dumps(request, default=str)))
-        if answer["broken"]:
-            raise WorkerError("\n".join(answer["broken"]))
-        fail(name, answer["errors"])
-        if own:
-            with contextlib.suppress(ResultsError):
-                publish_json(memory, answer)
-    return Options(answer["data"], answer["model"], answer["neuron"], answer["methods"])
-
-
 def _preload(specs: Iterator[RunSpec]) -> list[str]:
     names = {
         (kind, name)
         for s in specs
         for kind, name in (("datasets", s.dataset), ("models", s.model), ("methods", s.method))
     }
-    return _built_in_modules(registry.find(kind, name) for kind, name in sorted(names))
-
-
-def _built_in_modules(components: Any) -> list[str]:
-    """Modules to warm up: our own only, since a guest's may fail or hang on import."""
-    return sorted({c.module for c in components if c.distribution == "snnbench"})
-
-
-def _past_times(folder: SuiteFolder) -> list[tuple[RunSpec, float]]:
-    """Wall-clock seconds of the runs done here."""
-    past = []
-    for run in folder.runs():
-        times = [e["wall_s"] for e in run.events()[0] if e.get("event") == "exit"]
-        if times and run.status() == "done":
-            with contextlib.suppress(ResultsError):
-                past.append((run.spec(), sum(times)))
-    return past
-
-
-def _estimate(spec: RunSpec, past: Sequence[tuple[RunSpec, float]]) -> float | None:
-    """Median time of runs that differ in the seed only; else of the nearest, scaled by T."""
-
-    def same(other: RunSpec, *keys: str) -> bool:
-        return all(getattr(other, k) == getattr(spec, k) for k in keys)
-
-    work = ("dataset", "data", "model", "model_options", "train", "kernel", "precision")
-    twins = [t for s, t in past if same(s, *work, "method", "T")]
-    if not twins:
-        twins = [t * spec.T / s.T for s, t in past if same(s, *work, "method")]
-    if not twins:
-        twins = [t * spec.T / s.T for s, t in past if same(s, *work)]
-    return statistics.median(twins) if twins else None
+    return built_in_modules(registry.find(kind, name) for kind, name in sorted(names))
 
 
 def check_method(name: str) -> list[dict[str, Any]]:
     """Clauses of the method contract, each with name, ok and detail; raises on a broken method."""
     component = registry.find("methods", name)
-    answer = LocalExecutor(_built_in_modules([component])).call("contract", {"name": name})
+    answer = LocalExecutor(built_in_modules([component])).call("contract", {"name": name})
     if answer["errors"]:
         raise SuiteError("\n".join(answer["errors"]))
     return list(answer["checks"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from snnbench import cli, runner
+from snnbench import cli, planner
 from snnbench.errors import ExitCode, SnnbenchError
 from snnbench.executors.local import LocalExecutor
 from snnbench.store import SuiteFolder
@@ -277,7 +277,7 @@ def test_damaged_table(call: Call, here: Path, text: str, form: str) -> None:
 @pytest.fixture
 def planned(call: Call, here: Path) -> Any:
     """The runs of t.toml, with folders but nothing done."""
-    _, specs = runner.specs_of("t.toml")
+    _, specs = planner.specs_of("t.toml")
     folder = SuiteFolder(here / "results" / "t")
     for spec in specs:
         folder.run(spec.run_id).create(spec)
@@ -421,7 +421,7 @@ def test_a_bug_is_one_line_with_its_own_exit_code(
     def fail(*_: Any) -> Any:
         raise ZeroDivisionError("oh no")
 
-    monkeypatch.setattr(runner, "specs_of", fail)
+    monkeypatch.setattr(planner, "specs_of", fail)
     code, out, err = call("plan", "t.toml")
     assert (code, out) == (ExitCode.INTERNAL, "")
     assert err.startswith("error: this is a bug in snnbench: ZeroDivisionError: oh no; ")
@@ -435,7 +435,7 @@ def test_every_error_has_its_exit_code(
     def fail(*_: Any) -> Any:
         raise error("first\nsecond")
 
-    monkeypatch.setattr(runner, "specs_of", fail)
+    monkeypatch.setattr(planner, "specs_of", fail)
     assert call("plan", "t.toml") == (error.exit_code, "", "error: first\nerror: second\n")
 
 

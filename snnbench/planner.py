@@ -1,0 +1,173 @@
+"""What a suite expands to, how far each run has come, and how long the rest may take."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_dir
+
+from snnbench import registry
+from snnbench.errors import ResultsError, WorkerError
+from snnbench.executors.local import LocalExecutor
+from snnbench.spec import RunSpec, canonical, digest
+from snnbench.store import ENDED, FAILURES, Status, SuiteFolder, publish_json
+from snnbench.suite import Options, Suite, expand, fail, load, matches, method_variants
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a plan."""
+
+    spec: RunSpec
+    status: Status
+    todo: bool
+    estimate_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a suite, and which are to be done."""
+
+    suite: Suite
+    folder: SuiteFolder
+    runs: Sequence[Planned]
+
+    @property
+    def todo(self) -> list[Planned]:
+        """Runs to be done, in order."""
+        return [r for r in self.runs if r.todo]
+
+    @property
+    def estimate_s(self) -> float | None:
+        """Seconds left, if every run to be done could be estimated."""
+        estimates = [r.estimate_s for r in self.todo]
+        return sum(e for e in estimates if e is not None) if None not in estimates else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as data."""
+        return {
+            "suite": self.suite.name,
+            "claim": self.suite.claim,
+            "results": str(self.folder.path),
+            "runs": [
+                {
+                    "run_id": r.spec.run_id,
+                    "status": r.status,
+                    "todo": r.todo,
+                    "estimate_s": r.estimate_s,
+                    **{k: getattr(r.spec, k) for k in ("dataset", "model", "method", "T", "seed")},
+                    "method_config": r.spec.method_config,
+                    "kernel": r.spec.kernel,
+                    "precision": r.spec.precision,
+                }
+                for r in self.runs
+            ],
+            "todo": len(self.todo),
+            "estimate_s": self.estimate_s,
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which runs of a suite to do."""
+
+    only: Mapping[str, list[Any]] = field(default_factory=dict)
+    redo: bool = False
+    retry_failed: bool = False
+
+
+def specs_of(name: str, settings: Sequence[str] = ()) -> tuple[Suite, list[RunSpec]]:
+    """The suite and its runs; raises SuiteError with one line per mistake."""
+    suite = load(name, settings)
+    return suite, expand(suite, _options(suite, name))
+
+
+def make_plan(
+    suite: Suite, specs: Sequence[RunSpec], results: Path, choice: Choice | None = None
+) -> Plan:
+    """Which runs are to be done, and how long that may take on this machine."""
+    choice = choice or Choice()
+    folder = SuiteFolder(results / suite.name)
+    past = _past_times(folder)
+    runs = []
+    for spec in specs:
+        if not matches(spec, choice.only):
+            continue
+        status = folder.run(spec.run_id).status()
+        redo = choice.redo or (choice.retry_failed and status in FAILURES)
+        todo = redo or status not in ENDED
+        runs.append(Planned(spec, status, todo, _estimate(spec, past) if todo else None))
+    return Plan(suite, folder, runs)
+
+
+def _options(suite: Suite, name: str) -> Options:
+    """Options of all components, validated by them in a worker, or remembered from last time."""
+    request: dict[str, Any] = {
+        "datasets": list(dict.fromkeys(suite.axes.dataset)),
+        "models": list(dict.fromkeys(suite.axes.model)),
+        "data": suite.data,
+        "model": suite.model,
+        "neuron": suite.neuron,
+        "methods": list(method_variants(suite)),
+    }
+    used = [
+        *(registry.find("datasets", n) for n in request["datasets"]),
+        *(registry.find("models", n) for n in request["models"]),
+        *(registry.find("methods", m["name"]) for _, m in request["methods"]),
+    ]
+    # Only our own code is known by its hash.
+    own = all(c.distribution == "snnbench" for c in used)
+    key = digest(canonical(json.loads(json.dumps(request, default=str))), registry.source_hash())
+    memory = Path(user_cache_dir("snnbench")) / "options" / f"{key[:32]}.json"
+    answer: dict[str, Any] | None = None
+    if own:
+        with contextlib.suppress(OSError, ValueError):
+            answer = json.loads(memory.read_text("utf-8"))
+    parts = ("data", "model", "neuron", "methods")
+    if not isinstance(answer, dict) or any(part not in answer for part in parts):
+        executor = LocalExecutor(built_in_modules(used))
+        answer = executor.call("resolve", json.loads(json.dumps(request, default=str)))
+        if answer["broken"]:
+            raise WorkerError("\n".join(answer["broken"]))
+        fail(name, answer["errors"])
+        if own:
+            with contextlib.suppress(ResultsError):
+                publish_json(memory, answer)
+    return Options(answer["data"], answer["model"], answer["neuron"], answer["methods"])
+
+
+def built_in_modules(components: Iterable[registry.Component]) -> list[str]:
+    """Modules to warm up: our own only, since a guest's may fail or hang on import."""
+    return sorted({c.module for c in components if c.distribution == "snnbench"})
+
+
+def _past_times(folder: SuiteFolder) -> list[tuple[RunSpec, float]]:
+    """Wall-clock seconds of the runs done here."""
+    past = []
+    for run in folder.runs():
+        times = [e["wall_s"] for e in run.events()[0] if e.get("event") == "exit"]
+        if times and run.status() == "done":
+            with contextlib.suppress(ResultsError):
+                past.append((run.spec(), sum(times)))
+    return past
+
+
+def _estimate(spec: RunSpec, past: Sequence[tuple[RunSpec, float]]) -> float | None:
+    """Median time of runs that differ in the seed only; else of the nearest, scaled by T."""
+
+    def same(other: RunSpec, *keys: str) -> bool:
+        return all(getattr(other, k) == getattr(spec, k) for k in keys)
+
+    work = ("dataset", "data", "model", "model_options", "train", "kernel", "precision")
+    twins = [t for s, t in past if same(s, *work, "method", "T")]
+    if not twins:
+        twins = [t * spec.T / s.T for s, t in past if same(s, *work, "method")]
+    if not twins:
+        twins = [t * spec.T / s.T for s, t in past if same(s, *work)]
+    return statistics.median(twins) if twins else None
