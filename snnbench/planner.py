@@ -65,6 +65,7 @@ class Plan:
                     "method_config": r.spec.method_config,
                     "kernel": r.spec.kernel,
                     "precision": r.spec.precision,
+                    "memory": r.spec.memory,
                 }
                 for r in self.runs
             ],
@@ -164,7 +165,7 @@ def _estimate(spec: RunSpec, past: Sequence[tuple[RunSpec, float]]) -> float | N
     def same(other: RunSpec, *keys: str) -> bool:
         return all(getattr(other, k) == getattr(spec, k) for k in keys)
 
-    work = ("dataset", "data", "model", "model_options", "train", "kernel", "precision")
+    work = ("dataset", "data", "model", "model_options", "train", "kernel", "precision", "memory")
     twins = [t for s, t in past if same(s, *work, "method", "T")]
     if not twins:
         twins = [t * spec.T / s.T for s, t in past if same(s, *work, "method")]

@@ -54,14 +54,28 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "digits": "snnbench.data.digits:Digits",
         "cifar10": "snnbench.data.vision:CIFAR10",
         "cifar100": "snnbench.data.vision:CIFAR100",
+        "mnist": "snnbench.data.vision:MNIST",
+        "fashion-mnist": "snnbench.data.vision:FashionMNIST",
+        "tiny-imagenet": "snnbench.data.folders:TinyImageNet",
+        "imagenet": "snnbench.data.imagenet:ImageNet",
+        "digits-events": "snnbench.data.simulated:DigitsEvents",
+        "nmnist": "snnbench.data.recordings:NMNIST",
+        "ncaltech101": "snnbench.data.recordings:NCaltech101",
+        "cifar10dvs": "snnbench.data.recordings:CIFAR10DVS",
+        "dvsgesture": "snnbench.data.recordings:DVSGesture",
+        "shd": "snnbench.data.recordings:SHD",
+        "ssc": "snnbench.data.recordings:SSC",
     },
-    "kernels": {"reference": "snnbench.kernels.reference"},
+    "kernels": {
+        "reference": "snnbench.kernels.reference",
+        "native": "snnbench.kernels.native",
+    },
 }
 
 
 # Rooms whose code decides a number; a change in them makes earlier results stale.
 NUMERIC = (
-    "neurons", "spec", "recipe", "train", "worker",
+    "neurons", "spec", "recipe", "engine", "train", "worker",
     "data", "kernels", "measure", "methods", "models",
 )  # fmt: skip
 
@@ -149,7 +163,8 @@ def source_hash() -> str:
     """Hash of this package's code that computes numbers."""
     package = Path(__file__).parent
     rooms = (package / room for room in NUMERIC)
-    files = [f for r in rooms for f in (sorted(r.rglob("*.py")) or [r.with_suffix(".py")])]
+    files = [f for r in rooms for f in (sorted(r.rglob("*")) or [r.with_suffix(".py")])]
+    files = [f for f in files if f.suffix in (".py", ".cpp", ".json")]
     parts = (part for f in files for part in (f.name, f.read_bytes()))
     return digest(*parts)[:16]
 

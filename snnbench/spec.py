@@ -19,7 +19,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 SCHEMA = 1
 Config = TypeVar("Config")
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Memory = Literal["speed", "balanced", "smallest"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class RunSpec:
     seed: int
     train: TrainConfig
     kernel: str = "auto"
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
+    memory: Memory = "speed"
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     schema: int = field(default=SCHEMA)
 

@@ -23,6 +23,7 @@ from snnbench import registry
 from snnbench.errors import SuiteError, UsageError
 from snnbench.spec import (
     MeasureConfig,
+    Memory,
     Precision,
     RunSpec,
     TrainConfig,
@@ -32,7 +33,7 @@ from snnbench.spec import (
 )
 
 Names = Annotated[tuple[str, ...], Len(1)]
-KEYS = ("dataset", "model", "T", "seed", "kernel", "precision", "method")
+KEYS = ("dataset", "model", "T", "seed", "kernel", "precision", "memory", "method")
 SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -45,7 +46,8 @@ class Axes:
     T: Annotated[tuple[Annotated[int, Ge(1)], ...], Len(1)]
     seed: Annotated[tuple[Annotated[int, Ge(0)], ...], Len(1)]
     kernel: Names = ("auto",)
-    precision: Annotated[tuple[Precision, ...], Len(1)] = ("fp32",)
+    precision: Annotated[tuple[Precision, ...], Len(1)] = ("auto",)
+    memory: Annotated[tuple[Memory, ...], Len(1)] = ("speed",)
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,11 @@ def expand(suite: Suite, options: Options) -> list[RunSpec]:
             train=suite.train,
             kernel=kernel,
             precision=precision,
+            memory=memory,
             measure=suite.measure,
         )
-        for seed, dataset, model, T, kernel, precision, (own, method) in itertools.product(
-            a.seed, a.dataset, a.model, steps, a.kernel, a.precision, methods
+        for seed, dataset, model, T, kernel, precision, memory, (own, method) in itertools.product(
+            a.seed, a.dataset, a.model, steps, a.kernel, a.precision, a.memory, methods
         )
         if T in own
     ]

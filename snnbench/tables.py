@@ -32,6 +32,7 @@ RUN_COLUMNS = (
     "settings", "settings_hash", "kernel_path", "device", "torch", "steps_timed", "best_val_epoch",
     "eval_s", "measure_s", "wall_s", "overhead_s", "null_reasons", "test_acc_with_heads",
     "grad_cos_bptt_init", "grad_norm_ratio_init", "grad_cos_bptt", "grad_norm_ratio",
+    "memory", "precision_path", "kernel_fallbacks", "skipped_steps", "setup_s", "allocator",
 )  # fmt: skip
 EPOCH_COLUMNS = (
     "run_id", "suite", "dataset", "model", "method", "T", "seed", "epoch", "lr", "train_loss",
@@ -44,7 +45,7 @@ FIDELITY_COLUMNS = (
 # Hashes such as 12e45678 are no numbers.
 TEXT_COLUMNS = (
     "run_id", "suite", "status", "reason", "method_config", "init_hash", "order_hash", "data_hash",
-    "source_hash", "version", "settings", "settings_hash", "torch",
+    "source_hash", "version", "settings", "settings_hash", "torch", "kernel_fallbacks",
 )  # fmt: skip
 METRICS = (
     "spikes_per_sample", "firing_rate", "sops_per_sample", "macs_per_sample", "peak_bytes",
@@ -54,8 +55,8 @@ METRICS = (
 ESTIMATED = ("test_acc", "test_acc_best_val", "test_acc_best_test", "epochs", *METRICS)
 # What must be equal for two runs to share a cell, or a comparison (the latter without the method).
 CELL = (
-    "dataset", "model", "T", "kernel", "precision", "settings_hash", "machine_id", "method",
-    "method_config",
+    "dataset", "model", "T", "kernel", "precision", "memory", "settings_hash", "machine_id",
+    "method", "method_config",
 )  # fmt: skip
 
 
@@ -87,6 +88,8 @@ def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
         "suite": suite,
         "kernel": spec.kernel,
         "precision": spec.precision,
+        "memory": spec.memory,
+        "kernel_fallbacks": "; ".join(result.get("kernel_fallbacks") or []) or None,
         "method_config": canonical(spec.method_config),
         "schema": spec.schema,
         "settings": canonical(settings),

@@ -9,7 +9,6 @@ batches, and a run resumed at an epoch sees what an undisturbed one would have s
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from snnbench.data.base import Data, Split
+from snnbench.engine import LOSS_SCALE, Engine
 from snnbench.errors import DivergedError
 from snnbench.measure.clock import StepClock, synchronize
 from snnbench.measure.gradients import fidelity
@@ -46,16 +46,21 @@ class Job:
     net: Network
     method: Method
     data: Data
-    device: torch.device
+    engine: Engine
     emit: Callable[[dict[str, Any]], None]
     save: Callable[[dict[str, Any]], None]
     checkpoint: Path | None = None
     stop: Callable[[], None] = lambda: None  # raises where the run shall end early
 
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed."""
+        return self.engine.device
+
 
 def train(job: Job) -> dict[str, Any]:
     """Train and evaluate; the metrics of the record. Raises DivergedError on a non-finite loss."""
-    net = job.net.to(job.device)
+    net = job.engine.take(job.net)
     splits = {
         name: split.to(job.device)
         for name, split in (
@@ -97,8 +102,9 @@ def train(job: Job) -> dict[str, Any]:
             measure_fidelity(job, splits["train"], plan, state)
             job.emit(event)
             if time.perf_counter() - saved_at > CHECKPOINT_EVERY_S:
-                weights = {"trainable": trainable.state_dict(), "optimizer": optimizer.state_dict()}
-                job.save(seal(state | weights))
+                parts: dict[str, Any] = {"loss_scale": job.engine.loss_scale}
+                parts |= {"trainable": trainable.state_dict(), "optimizer": optimizer.state_dict()}
+                job.save(seal(state | parts))
                 saved_at = time.perf_counter()
 
     began = time.perf_counter()
@@ -112,6 +118,7 @@ def train(job: Job) -> dict[str, Any]:
     return {
         **metrics,
         **summary(state, first=plan[-1].first),
+        **job.engine.describe(),
         "epochs": plan[-1].end,
         "params_train": sum(p.numel() for p in trainable.parameters()),
         "params_infer": sum(p.numel() for p in net.parameters()),
@@ -194,15 +201,12 @@ def train_step(
     """One update of the parameters; the loss comes back, detached."""
     config = job.spec.train
     optimizer.zero_grad(set_to_none=True)
-    with autocast(job):
-        x_TB = job.data.encode(x_B, T)
-        target = smooth(y_B, job.data.classes, config.label_smoothing)
-        loss = job.method.backward(job.net, x_TB, target, progress)
-    if config.clip_norm is not None:
-        nn.utils.clip_grad_norm_(trainable.parameters(), config.clip_norm)
+    x_TB = job.data.encode(x_B, T)
+    target = smooth(y_B, job.data.classes, config.label_smoothing)
+    loss = job.engine.backward(job.method, job.net, x_TB, target, progress)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    job.engine.update(trainable.parameters(), optimizer, config.clip_norm)
     return loss
 
 
@@ -215,24 +219,13 @@ def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
 def batches(
     data: Data, split: Split, order: Tensor, batch: int, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Full batches of augmented images and labels; what remains of the epoch is left out.
+    """Full batches of augmented samples and labels; what remains of the epoch is left out.
 
-    Images are augmented several batches at a time: each operation of a policy then runs once for
-    all the images that drew it.
+    Labels are class indices [B], or probabilities [B, K] where the samples of a batch are mixed.
     """
     generator = torch.Generator().manual_seed(sub_seed(seed, f"augment:{epoch}"))
-    order = order[: len(order) // batch * batch].to(split.y.device)
-    for chunk in order.split(max(1, AUGMENT_CHUNK // batch) * batch):
-        x, y = split.x[chunk], split.y[chunk]
-        x = x if data.augment is None else data.augment(x, generator)
-        yield from zip(x.split(batch), y.split(batch), strict=True)
-
-
-def autocast(job: Job) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision where the run asks for it; membranes stay in fp32."""
-    if job.spec.precision == "bf16":
-        return torch.autocast(job.device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    for x_B, y_B in split.batches(order, batch, data.augment, generator, AUGMENT_CHUNK):
+        yield (x_B, y_B) if data.mix is None else data.mix(x_B, y_B, generator)
 
 
 @torch.no_grad()
@@ -246,7 +239,7 @@ def accuracy(
     size = job.spec.train.eval_batch_size
     for x_B, y_B in zip(split.x.split(size), split.y.split(size), strict=True):
         job.stop()
-        with autocast(job):
+        with job.engine.autocast():
             logits_TBK = (forward or job.net)(job.data.encode(x_B, T))
         correct += (logits_TBK.mean(0).argmax(1) == y_B).sum()
         finite &= logits_TBK.isfinite().all()
@@ -275,7 +268,7 @@ def measure_fidelity(job: Job, split: Split, plan: list[Phase], state: dict[str,
     size = min(job.spec.train.batch_size, len(split))
     x_TB = job.data.encode(split.x[:size], phase.T)
     job.net.train()
-    with autocast(job):
+    with job.engine.autocast():
         seen = fidelity(job.method, job.net, x_TB, split.y[:size], epoch / plan[-1].end)
     seen |= {"epoch": epoch, "T": phase.T, "measure_s": time.perf_counter() - began}
     state["fidelity"].append(seen)
@@ -288,7 +281,7 @@ def count_spikes(job: Job, split: Split) -> dict[str, Any]:
     meter = Meter(job.net)
     for x_B in split.x.split(job.spec.train.eval_batch_size):
         job.stop()
-        with autocast(job):
+        with job.engine.autocast():
             job.net(job.data.encode(x_B, job.spec.T), meter)
     return meter.totals(len(split))
 
@@ -311,8 +304,8 @@ def probe(job: Job, split: Split) -> dict[str, Any]:
         job.method.backward(job.net, x_TB, y_B, 0.0)
 
     known = [*trainable.parameters(), *trainable.buffers(), x_TB, y_B]
-    with autocast(job):
-        saved = saved_bytes(backward, known)
+    with job.engine.autocast():
+        saved = saved_bytes(backward, known, *job.engine.keeping)
     why_not = reset_peak(job.device)
     for _ in range(PROBE_STEPS):
         train_step(job, trainable, optimizer, x_B, y_B, job.spec.T, job.spec.train.lr, 0.0)
@@ -322,6 +315,7 @@ def probe(job: Job, split: Split) -> dict[str, Any]:
     job.net.zero_grad(set_to_none=True)
     job.net.load_state_dict(before)
     torch.set_rng_state(rng)
+    job.engine.set_loss_scale(LOSS_SCALE)
     return {
         "saved_bytes": saved,
         **peak,
@@ -365,6 +359,7 @@ def resume(
             raise ValueError("not what was written, or written by another version of the code")
         trainable.load_state_dict(saved.pop("trainable"))
         optimizer.load_state_dict(saved.pop("optimizer"))
+        job.engine.set_loss_scale(saved.pop("loss_scale"))
         job.emit({"event": "resume", "epoch": saved["epoch"]})
         return dict(saved)
     except Exception as error:

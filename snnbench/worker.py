@@ -21,7 +21,10 @@ from typing import Any
 import torch
 
 from snnbench import machine, registry
+from snnbench.allocator import keep_freed_memory
+from snnbench.engine import Engine, resolve_precision, set_matmul_precision
 from snnbench.errors import DataError, DivergedError, ResultsError, SnnbenchError, WorkerError
+from snnbench.kernels.choice import choose
 from snnbench.methods import contract as contract_of_methods
 from snnbench.neurons import LIF, PRESETS, neuron_options
 from snnbench.spec import SCHEMA, RunSpec, did_you_mean, sub_seed, validate
@@ -165,6 +168,7 @@ def _finish(run: RunFolder, context: Context, send: Callable[[dict[str, Any]], N
             for kind in ("dataset", "model", "method")
         }
         device = _device(context.device)
+        record["allocator"] = keep_freed_memory()
         record["machine"] = machine.describe(device)
         record |= _train(run, spec, context, device, stop, send)
     except RunSkipped as error:
@@ -198,10 +202,9 @@ def _train(
     send: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Build what the spec names and train it; the metrics of the record."""
-    kernel_name = "reference" if spec.kernel == "auto" else spec.kernel
-    kernel = registry.find("kernels", kernel_name).load()
-    if why := kernel.unavailable() or _precision_unavailable(spec.precision, device):
-        raise RunSkipped(why)
+    began = time.perf_counter()
+    engine = _engine(spec, device)
+    setup_s = time.perf_counter() - began
     dataset = _build("datasets", spec.dataset, spec.data)
     data = dataset.load(Path(context.data_root), context.allow_unverified_data)
 
@@ -210,8 +213,6 @@ def _train(
     Model = registry.find("models", spec.model).load()
     options = _config(Model.Config, spec.model_options)
     net = Model(options, data.shape, data.classes, method.neuron or _config(LIF, spec.neuron))
-    for layer in net.layers().values():
-        layer.scan = kernel.scan
     if why := method.supports(net, spec.T):
         raise RunSkipped(why)
 
@@ -229,18 +230,21 @@ def _train(
         net,
         method,
         data,
-        device,
+        engine,
         emit,
         save,
         checkpoint=run.checkpoint if run.checkpoint.is_file() else None,
         stop=stop.check,
     )
-    return train(job) | {
-        "kernel_path": kernel_name,
-        "data_hash": data.data_hash[:16],
-        "data_verified": data.verified,
-        "samples": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
-    }
+    return (
+        train(job)
+        | {
+            "setup_s": setup_s,  # of the kernel: compiling it, or loading it
+            "data_hash": data.data_hash[:16],
+            "data_verified": data.verified,
+            "samples": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
+        }
+    )
 
 
 class _Stop:
@@ -283,13 +287,20 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _precision_unavailable(precision: str, device: torch.device) -> str | None:
-    """Set the precision of matrix products; why it cannot be had here, or None."""
-    if precision == "tf32" and device.type != "cuda":
-        return "tf32 needs a CUDA device"
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return None
+def _engine(spec: RunSpec, device: torch.device) -> Engine:
+    """Kernel, precision and memory as the run asks for them; RunSkipped where one cannot be."""
+    backends = {
+        name: component.load() for name, component in registry.components("kernels").items()
+        if spec.kernel in (name, "auto")
+    }  # fmt: skip
+    precision = resolve_precision(spec.precision, device)
+    try:
+        choice = choose(spec.kernel, backends, device)
+    except RuntimeError as error:
+        raise RunSkipped(str(error)) from error
+    if why := set_matmul_precision(precision, device):
+        raise RunSkipped(why)
+    return Engine(device, choice, precision, spec.memory)
 
 
 def _die_with_parent() -> None:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from snnbench import registry
 from snnbench.methods.base import Method
+from snnbench.kernels.reference import Reference
 from snnbench.methods.bptt import BPTT
 from snnbench.methods.grad_scale import GradScale, gradient_scale
 from snnbench.methods.ottt import OTTT
-from snnbench.methods.rate import Rate, rate_synapse
+from snnbench.methods.rate import Rate, both
 from snnbench.methods.sltt import SLTT
 from snnbench.models.convnet import ConvNet
-from snnbench.models.layer import Layer, Network
+from snnbench.models.layer import Layer, Network, parts_of
 from snnbench.models.mlp import MLP
 from snnbench.models.resnet import ResNet18
 from snnbench.models.vgg import VGG11
@@ -321,7 +322,9 @@ def test_rate_of_batch_norm_is_its_time_mean(name):
             nn.init.uniform_(bn.bias, -1, 1)
         convs = [m for m in synapse.modules() if isinstance(m, nn.Conv2d)]
         if convs:
-            value_TB, rate_B = rate_synapse(synapse, spikes(5, B, convs[0].in_channels, 4, 4))
+            value_TB, rate_B = both(
+                parts_of(synapse), spikes(5, B, convs[0].in_channels, 4, 4), Reference()
+            )
             assert not value_TB.requires_grad
             assert rate_B.requires_grad
             close(rate_B.detach(), value_TB.mean(0))
@@ -334,7 +337,7 @@ def test_rate_batch_norm_gradient_in_closed_form():
     nn.init.uniform_(bn.weight, 0.5, 2)
     c_TB, g_B = torch.randn(4, 3, 2, 5, 5).double(), torch.randn(3, 2, 5, 5).double()
     x_TB = c_TB.clone().requires_grad_()
-    _, rate_B = rate_synapse(bn, x_TB)
+    _, rate_B = both([bn], x_TB, Reference())
     (got,) = torch.autograd.grad(rate_B, x_TB, g_B)
     c, g = c_TB.numpy(), g_B.numpy()
     axes, keep = (0, 2, 3), {"keepdims": True}

@@ -214,7 +214,7 @@ def test_grad_scale_switches_against_an_explicit_loop(trace_time, post_source):
             return layer(*x_TB)
         currents[layer] = layer.current(*x_TB)
         currents[layer].retain_grad()
-        spikes[layer] = layer.scan(layer.neuron, currents[layer])
+        spikes[layer] = layer.neuron.scan(currents[layer])
         return spikes[layer]
 
     F.cross_entropy(net_plain(x, run).mean(0), y).backward()

@@ -40,7 +40,7 @@ def test_time_inheritance_is_two_trainings_in_a_row():
     training.train(early)
     late = make_job(T=3, epochs=2)
     late.net.load_state_dict(early.net.state_dict())
-    late.net.to(late.device)
+    late.engine.take(late.net)
     splits = late.data.train
     trainable, optimizer = training.prepare(late)
     plan = phases(late.spec, 3)

@@ -120,7 +120,7 @@ def test_tiny_extends_the_suite_beside_it() -> None:
 def test_defaults_are_written_out(tmp_path: Path) -> None:
     suite = load(written(tmp_path, BASE))
     assert suite.axes.kernel == ("auto",)
-    assert suite.axes.precision == ("fp32",)
+    assert suite.axes.precision == ("auto",)
     assert suite.to_json()["train"]["momentum"] == 0.9
 
 
@@ -384,7 +384,7 @@ def test_every_missing_table_is_named(tmp_path: Path) -> None:
         ('dataset = ["digits"]', "dataset = [3]", "axes.dataset[0] = 3: "),
         ('model = ["mlp"]', "model = []", "axes.model = []: "),
         ("[axes]", "[axes]\nkernel = []", "axes.kernel = []: "),
-        ("[axes]", '[axes]\nprecision = ["fp16"]', 'axes.precision[0] = "fp16": '),
+        ("[axes]", '[axes]\nprecision = ["fp8"]', 'axes.precision[0] = "fp8": '),
         ("[axes]", '[axes]\ndatasets = ["digits"]',
          "axes.datasets: unknown key; did you mean 'dataset'?"),
         ("[train]", "[trian]", "trian: unknown key; did you mean 'train'?"),
@@ -459,11 +459,13 @@ def test_order_is_seed_slowest_and_method_fastest(tmp_path: Path) -> None:
     text = text.replace('["mlp"]', '["mlp", "vgg11"]')
     text = text.replace("[axes]", '[axes]\nkernel = ["auto", "reference"]')
     text = text.replace("[axes]", '[axes]\nprecision = ["fp32", "bf16"]')
+    text = text.replace("[axes]", '[axes]\nmemory = ["speed", "smallest"]')
     specs = runs_of(tmp_path, text)
-    found = [(s.seed, s.dataset, s.model, s.T, s.kernel, s.precision, s.method) for s in specs]
+    keys = ("seed", "dataset", "model", "T", "kernel", "precision", "memory", "method")
+    found = [tuple(getattr(s, k) for k in keys) for s in specs]
     expected = itertools.product(
         (0, 1), ("digits", "cifar10"), ("mlp", "vgg11"), (2, 4), ("auto", "reference"),
-        ("fp32", "bf16"), ("bptt", "tet"),
+        ("fp32", "bf16"), ("speed", "smallest"), ("bptt", "tet"),
     )  # fmt: skip
     assert found == list(expected)
 

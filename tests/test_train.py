@@ -19,7 +19,10 @@ from snnbench import registry, train
 from snnbench.data.augment import pipeline
 from snnbench.data.base import Data, Split
 from snnbench.data.digits import Digits
+from snnbench.engine import Engine, resolve_precision
 from snnbench.errors import DivergedError
+from snnbench.kernels import native
+from snnbench.kernels.choice import choose
 from snnbench.methods.base import Method
 from snnbench.models.convnet import ConvNet
 from snnbench.neurons import LIF
@@ -28,6 +31,7 @@ from snnbench.train import Job
 
 # The artificial twin has no spikes and T = 1 only: it is no case of its own for the loop.
 METHODS = [name for name in registry.BUILT_IN["methods"] if name != "ann"]
+CPU = torch.device("cpu")
 RECIPE = {"epochs": 2, "batch_size": 64, "lr": 0.1, "weight_decay": 1e-3, "optimizer": "sgd"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,6 +59,8 @@ def make_job(
     precision: Any = "fp32",
     data: Data | None = None,
     checkpoint: Path | None = None,
+    kernel: str = "reference",
+    memory: Any = "speed",
     **recipe: Any,
 ) -> Job:
     """A job on 200 digits, ready to be trained; `job.events` and `job.saved` collect."""
@@ -67,14 +73,15 @@ def make_job(
         recipe["epochs"] = None
     spec = RunSpec(
         "digits", {}, "convnet", {"width": 4}, name, {}, {}, T, seed, TrainConfig(**recipe),
-        precision=precision,
+        precision=precision, kernel=kernel, memory=memory,
     )  # fmt: skip
+    choice = choose(kernel, {"native": native}, CPU)
     job = Job(
         spec,
         net,
         make_method(method) if isinstance(method, str) else method,
         data,
-        torch.device("cpu"),
+        Engine(CPU, choice, resolve_precision(spec.precision, CPU), spec.memory),
         emit=lambda event: job.events.append(event),
         save=lambda state: job.saved.append(state),
         checkpoint=checkpoint,
@@ -287,9 +294,10 @@ def test_the_same_seed_gives_the_same_result(method):
     assert_same_weights(first, second)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_bf16_runs_on_a_cpu(method):
-    half, full = make_job(method, precision="bf16"), make_job(method)
+def test_half_precision_runs_on_a_cpu(method, precision):
+    half, full = make_job(method, precision=precision), make_job(method)
     result = train.train(half)
     train.train(full)
     assert result["spikes_per_sample"] > 0
@@ -297,6 +305,46 @@ def test_bf16_runs_on_a_cpu(method):
     assert all(math.isfinite(event["train_loss"]) for event in half.events)
     assert differs(half, full)  # the precision was not simply ignored
     assert {p.dtype for p in half.net.parameters()} == {torch.float32}
+
+
+def test_fp16_counts_the_updates_that_overflowed():
+    job = make_job(precision="fp16", steps=3)
+    train.train(job)
+    assert job.engine.describe()["skipped_steps"] == 0
+    job = make_job(precision="fp16", steps=3)
+    amplify, calls = job.method.loss, []
+
+    def loss(*args):
+        calls.append(args)
+        return amplify(*args) * (1e38 if len(calls) == 5 else 1.0)  # 3 throw-away steps come first
+
+    job.method.loss = loss
+    train.train(job)
+    assert job.engine.describe()["skipped_steps"] == 1
+    assert job.engine.describe()["precision_path"] == "fp16"
+
+
+@pytest.mark.parametrize("kernel", ["reference", "native"])
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_levels_train_the_same_weights_to_the_last_bit(method, kernel):
+    jobs = [make_job(method, kernel=kernel, memory=m) for m in ("speed", "balanced", "smallest")]
+    speed, balanced, smallest = (train.train(job)["saved_bytes"] for job in jobs)
+    assert_same_weights(jobs[0], jobs[1])
+    assert_same_weights(jobs[0], jobs[2])
+    assert smallest <= balanced <= speed
+    if method in ("bptt", "tet", "shortcut"):
+        assert smallest < balanced < speed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_native_kernel_trains_as_well_as_the_reference(method):
+    """Rounding may flip a spike, so weights are not compared; the path in the record is."""
+    native_job = make_job(method, kernel="native")
+    result = train.train(native_job)
+    steps_itself = method in ("sltt", "ottt", "ann")
+    assert result["kernel_path"] == ("reference" if steps_itself else "native")
+    assert (result["kernel_fallbacks"] != []) == steps_itself
+    assert abs(result["test_acc"] - train.train(make_job(method))["test_acc"]) <= 0.2
 
 
 def test_a_budget_of_steps_may_end_within_an_epoch():

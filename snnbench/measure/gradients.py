@@ -23,7 +23,9 @@ def fidelity(
 ) -> dict[str, Any]:
     """Cosine and norm ratio over all parameters, and of every layer."""
     mine = _gradients(method, net, x_TB, target, progress)
-    bptt = _gradients(Method(), net, x_TB, target, progress)
+    exact = Method()
+    exact.amplify = method.amplify
+    bptt = _gradients(exact, net, x_TB, target, progress)
     layers = [{"layer": name, **_compare(mine[name], bptt[name])} for name in mine]
     every = _compare(torch.cat(list(mine.values())), torch.cat(list(bptt.values())))
     return {**every, "layers": layers}

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def saved_bytes(step: Callable[[], object], known: Iterable[Tensor]) -> int:
+def saved_bytes(
+    step: Callable[[], object],
+    known: Iterable[Tensor],
+    pack: Callable[[Tensor], Any] = lambda tensor: tensor,
+    unpack: Callable[[Any], Tensor] = lambda kept: kept,
+) -> int:
     """Most bytes that autograd keeps for backward at one time during `step`.
 
     Each storage counts once. Storages of `known` tensors (parameters, buffers, the input batch)
     exist anyway and do not count. The figure is deterministic: no allocator, no clock.
+    `pack` says what is kept of a tensor: it, or something with `tensors`; `unpack` gives it back.
     """
     ours = {t.untyped_storage().data_ptr() for t in known}
     held: dict[int, int] = {}  # storage -> how many saved tensors refer to it
@@ -24,20 +31,22 @@ def saved_bytes(step: Callable[[], object], known: Iterable[Tensor]) -> int:
 
         def __init__(self, tensor: Tensor) -> None:
             nonlocal live, peak
-            self.tensor, storage = tensor, tensor.untyped_storage()
-            self.key = 0 if storage.data_ptr() in ours else storage.data_ptr()
-            if self.key:
-                held[self.key] = held.get(self.key, 0) + 1
-                live += storage.nbytes() if held[self.key] == 1 else 0
-                peak = max(peak, live)
+            self.kept = pack(tensor)
+            tensors = [self.kept] if isinstance(self.kept, Tensor) else self.kept.tensors
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+            self.sizes = {key: s.nbytes() for key, s in storages.items() if key not in ours}
+            for key, size in self.sizes.items():
+                held[key] = held.get(key, 0) + 1
+                live += size if held[key] == 1 else 0
+            peak = max(peak, live)
 
         def __del__(self) -> None:
             nonlocal live
-            if self.key:
-                held[self.key] -= 1
-                live -= self.tensor.untyped_storage().nbytes() if held[self.key] == 0 else 0
+            for key, size in self.sizes.items():
+                held[key] -= 1
+                live -= size if held[key] == 0 else 0
 
-    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: unpack(saved.kept)):
         step()
     return peak
 

@@ -6,6 +6,7 @@ The target is an int64 class index [B], or class probabilities [B, K] under labe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +37,9 @@ class Method:
 
     def __init__(self, config: Any = None) -> None:
         self.config: Any = self.Config() if config is None else config
+        # Half precision: the trainer scales the loss up before it is sent back, and the gradients
+        # down again.
+        self.amplify: Callable[[Tensor], Tensor] = lambda loss: loss
 
     def supports(self, net: Network, T: int) -> str | None:
         """Why this method makes no sense for the network and T; None if it does."""
@@ -79,7 +83,7 @@ class Method:
 
         logits_TBK = self.readout(net(x_TB, run), progress)
         loss = self.loss(logits_TBK, target, progress)
-        (self.loss_scale(len(x_TB)) * loss).backward()
+        self.amplify(self.loss_scale(len(x_TB)) * loss).backward()
         return loss.detach()
 
 
@@ -108,8 +112,8 @@ class OnlineMethod(Method):
         v: dict[Layer, Tensor] = {}
 
         def run(layer: Layer, *x_1B: Tensor) -> Tensor:
-            if layer.neuron is None:
-                return layer(*x_1B)  # type: ignore[no-any-return]
+            if layer.physics is None:
+                return layer.current(*x_1B)
             c = self.current(layer, x_1B, memory)
             s, _, after = layer.neuron.step(c, v.get(layer))
             v[layer] = after.detach()
@@ -123,6 +127,6 @@ class OnlineMethod(Method):
                 logits_1BK = self.readout(net(x_B[None], run), progress)
                 loss = self.loss(logits_1BK, target, progress) / T
             if t in drawn:
-                loss.backward()
+                self.amplify(loss).backward()
             total = total + loss.detach()
         return total

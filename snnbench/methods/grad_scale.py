@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from snnbench.methods.base import Method
-from snnbench.models.layer import Layer, has_weights, over_time, weighted
+from snnbench.models.layer import Layer, over_time
 
 TRACE_DECAY = exp(-1)
 
@@ -61,26 +61,21 @@ class GradScale(Method):
 
     def run(self, layer: Layer, *x_TB: Tensor) -> Tensor:
         """The layer's own spikes; its weights get the scaled gradient."""
-        if layer.neuron is None:
-            return layer(*x_TB)  # type: ignore[no-any-return]
+        if layer.physics is None:
+            return super().run(layer, *x_TB)
         post = _Post()
-        c_TB = [
-            self._synapse(f, x, post) if x.requires_grad and has_weights(f) else over_time(f, x)
-            for f, x in zip(layer.synapses, x_TB, strict=True)
-        ]
-        s_TB = layer.scan(layer.neuron, sum(c_TB[1:], start=c_TB[0]))
+
+        def apply(op: nn.Module, x: Tensor) -> Tensor:
+            return self._scaled(op, x, post) if x.requires_grad else over_time(op, x)
+
+        s_TB: Tensor = layer(*x_TB, apply=apply)
         post.s_TB = s_TB.detach()
         return s_TB
 
-    def _synapse(self, synapse: nn.Module, x_TB: Tensor, post: _Post) -> Tensor:
-        before, op, after = weighted(synapse)
-        for part in before:
-            x_TB = over_time(part, x_TB)
+    def _scaled(self, op: nn.Module, x_TB: Tensor, post: _Post) -> Tensor:
         c_TB: Tensor = _ScaledWeight.apply(x_TB, op.weight, op, post, self.config)
-        if op.bias is not None:
+        if isinstance(op.bias, Tensor):
             c_TB = c_TB + op.bias.to(c_TB.dtype).view(-1, *(1 for _ in c_TB.shape[3:]))
-        for part in after:
-            c_TB = over_time(part, c_TB)
         return c_TB
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from snnbench.methods.base import OnlineMethod
-from snnbench.models.layer import Layer, has_weights, over_time, weighted
+from snnbench.models.layer import Layer, over_time
 
 
 class OTTT(OnlineMethod):
@@ -31,24 +31,14 @@ class OTTT(OnlineMethod):
         """Value of the spikes' current, gradient of the traces' at the weights."""
         decay = layer.neuron.decay
         decay = decay.detach() if isinstance(decay, Tensor) else decay
-        parts = [_current(f, x, memory, decay) for f, x in zip(layer.synapses, x_1B, strict=True)]
-        return sum(parts[1:], start=parts[0])[0]
 
+        def apply(op: nn.Module, x_1B: Tensor) -> Tensor:
+            # The trace's derivative by this timestep's input is 1; what it carried over has none.
+            now = x_1B if op not in memory else decay * memory[op] + x_1B
+            memory[op] = now.detach()
+            by_trace = over_time(op, now)
+            with torch.no_grad():
+                correction = over_time(op, x_1B) - by_trace
+            return by_trace + correction
 
-def _current(synapse: nn.Module, x_1B: Tensor, trace: dict[Any, Tensor], decay: Tensor) -> Tensor:
-    """Current with the value of the input and, at the weights, the gradient of its trace."""
-    if not has_weights(synapse):
-        return over_time(synapse, x_1B)
-    before, op, after = weighted(synapse)
-    for part in before:
-        x_1B = over_time(part, x_1B)
-    # The trace's derivative by this timestep's input is 1; what it carried over has none.
-    now = x_1B if synapse not in trace else decay * trace[synapse] + x_1B
-    trace[synapse] = now.detach()
-    by_trace = over_time(op, now)
-    with torch.no_grad():
-        correction = over_time(op, x_1B) - by_trace
-    c_1B = by_trace + correction
-    for part in after:
-        c_1B = over_time(part, c_1B)
-    return c_1B
+        return layer.current(*x_1B, apply=apply)[0]

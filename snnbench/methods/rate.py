@@ -23,13 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from snnbench.methods.base import Method
-from snnbench.models.layer import Layer, Network, over_time
+from snnbench.models.layer import Layer, Network, frames, normed, over_time, parts_of
 from snnbench.neurons import LIF, wide
 
 
@@ -61,14 +61,33 @@ class Rate(Method):
 
     def run(self, layer: Layer, *x_TB: Tensor) -> Tensor:
         """Value of the spikes, gradient of the rate."""
-        pairs = [rate_synapse(f, x) for f, x in zip(layer.synapses, x_TB, strict=True)]
-        with torch.no_grad():
-            c_TB = sum((value for value, _ in pairs[1:]), start=pairs[0][0])
-        c_B = sum((rate for _, rate in pairs[1:]), start=pairs[0][1])
-        if layer.neuron is None:
+        kernel: Any = layer.kernel
+        T = len(x_TB[0])
+        if not kernel.fuses(layer.physics, x_TB[0].dtype):
+            return self._run_plain(layer, *x_TB)
+        parts, norm = normed(layer.synapses[0])
+        y_TB, c_B = both(parts, x_TB[0], kernel, last=norm is not None)
+        rest_TB, rest_B = self._sum(layer.synapses[1:], x_TB[1:], kernel)
+        s_TB: Tensor = kernel.rate_fire(layer.neuron, y_TB, norm, rest_TB, T, c_B, rest_B)
+        return s_TB
+
+    def _run_plain(self, layer: Layer, *x_TB: Tensor) -> Tensor:
+        c_TB, c_B = self._sum(layer.synapses, x_TB, layer.kernel)
+        assert c_TB is not None
+        c_TB = c_TB.expand(len(x_TB[0]), *c_TB.shape[1:])
+        if layer.physics is None:
             return straight_through(c_TB, c_B)
         s_TB, elig = spikes_and_eligibility(layer.neuron, c_TB)
         return straight_through(s_TB, elig * c_B)
+
+    @staticmethod
+    def _sum(synapses: Iterable[nn.Module], x_TB: tuple[Tensor, ...], kernel: Any) -> Any:
+        """Summed currents of the synapses on all timesteps, and on the mean; None for none."""
+        pairs = [both(parts_of(f), x, kernel) for f, x in zip(synapses, x_TB, strict=True)]
+        if not pairs:
+            return None, None
+        first, *rest = pairs
+        return sum((v for v, _ in rest), start=first[0]), sum((r for _, r in rest), start=first[1])
 
     def backward(self, net: Network, x_TB: Tensor, target: Tensor, progress: float) -> Tensor:
         """Fill `.grad`; in single-step mode the whole network runs T times, then once on means."""
@@ -88,7 +107,7 @@ class Rate(Method):
             value_TBK = torch.cat([net(x_B[None], spike) for x_B in x_TB])
         logits_TBK = straight_through(value_TBK, net(x_TB.mean(0)[None], rate)[0])
         loss = self.loss(self.readout(logits_TBK, progress), target, progress)
-        (self.loss_scale(len(x_TB)) * loss).backward()
+        self.amplify(self.loss_scale(len(x_TB)) * loss).backward()
         return loss.detach()
 
 
@@ -166,24 +185,30 @@ def spikes_and_eligibility(neuron: LIF, c_TB: Tensor) -> tuple[Tensor, Tensor]:
     return s_TB, elig / len(s_T)
 
 
-def parts_of(synapse: nn.Module) -> Iterable[nn.Module]:
-    """The modules of a synapse, in order."""
-    return synapse if isinstance(synapse, nn.Sequential) else [synapse]
+def both(
+    parts: list[nn.Module], x_TB: Tensor, kernel: Any, last: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Output of the modules on every timestep, without gradient, and on the mean input, with.
 
-
-def rate_synapse(synapse: nn.Module, x_TB: Tensor) -> tuple[Tensor, Tensor]:
-    """Output of the synapse on every timestep, without gradient, and on the mean input, with."""
-    static = len(x_TB) == 1 or x_TB.stride(0) == 0
-    value_TB, rate_B = x_TB.detach(), x_TB.mean(0)
-    for part in parts_of(synapse):
-        if isinstance(part, nn.MaxPool2d) and not static:
+    A kernel that knows the maps' backward passes alone spares the forward pass on the mean; with
+    `last` the values of the mean's output are not needed.
+    """
+    value_TB = frames(x_TB.detach())
+    rate_B = kernel.rate_of(x_TB)
+    for i, part in enumerate(parts):
+        if isinstance(part, nn.MaxPool2d) and len(value_TB) > 1:
             raise ValueError("max pooling of input that varies in time has no rate gradient")
-        if isinstance(part, nn.BatchNorm2d) and part.training:
-            rate_B = rate_batch_norm(part, value_TB, rate_B)
-        else:
-            rate_B = part(rate_B)
+        if isinstance(part, nn.BatchNorm2d):
+            value_TB = value_TB.expand(len(x_TB), *value_TB.shape[1:])  # counts every timestep
+        before_TB = value_TB
         with torch.no_grad():
-            value_TB = over_time(part, value_TB)
+            value_TB = over_time(part, before_TB)
+        if isinstance(part, nn.BatchNorm2d) and part.training:
+            rate_B = rate_batch_norm(part, before_TB, rate_B)
+        elif isinstance(part, nn.Conv2d | nn.Linear):
+            rate_B = kernel.linear(part, rate_B, value_TB, last and i + 1 == len(parts))
+        else:
+            rate_B = over_time(part, rate_B[None])[0]
     return value_TB, rate_B
 
 

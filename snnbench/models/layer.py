@@ -15,28 +15,46 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from snnbench.kernels.reference import Reference
+from snnbench.kernels.saved import Keeper
 from snnbench.neurons import LIF, ReLU
 
 Run = Callable[..., Tensor]
+Apply = Callable[[nn.Module, Tensor], Tensor]
 
 
 def over_time(module: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
     """Apply a stateless module to all timesteps at once: [T, B, ...] -> [T, B, ...]."""
+    if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
+        with shapes_only():
+            return module(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
     out_TB: Tensor = module(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
     return out_TB
+
+
+def shapes_only() -> torch.autograd.graph.saved_tensors_hooks:
+    """Keep shapes for the backward pass of an average, which needs no values but saves them."""
+
+    def shape(x: Tensor) -> dict[str, Any]:
+        layout = {"size": x.shape, "stride": x.stride()}
+        return layout | {"dtype": x.dtype, "device": x.device}
+
+    return torch.autograd.graph.saved_tensors_hooks(shape, lambda s: torch.empty_strided(**s))
 
 
 class Layer(nn.Module):
     """Neurons fed by synapses whose outputs are summed as input current.
 
-    Without a neuron it is a read-out: its output is the current itself.
+    Without a neuron it is a read-out: its output is the current itself.  The kernel normalises the
+    first synapse, adds the others and runs the neurons over all timesteps.
     """
 
     def __init__(self, *synapses: nn.Module, neuron: LIF | ReLU | None) -> None:
         super().__init__()
         self.synapses = nn.ModuleList(synapses)
         self.physics = neuron
-        self.scan: Callable[[Any, Tensor], Tensor] = reference_scan
+        self.kernel = Reference()
+        self.keeper: Keeper | None = None  # of what the backward pass needs; None: autograd's own
         if isinstance(neuron, LIF) and neuron.learn_decay:
             self.decay_logit = nn.Parameter(torch.logit(torch.tensor(neuron.decay)))
 
@@ -49,20 +67,52 @@ class Layer(nn.Module):
             return learned
         return self.physics
 
-    def current(self, *x_TB: Tensor) -> Tensor:
+    def forward(self, *x_TB: Tensor, apply: Apply = over_time) -> Tensor:
+        """Spikes s_TB, or the current where there is no neuron.
+
+        `apply` is how a map with weights acts on its input.
+        """
+        if self.physics is None:
+            return self.current(*x_TB, apply=apply)
+        (parts, norm), T = normed(self.synapses[0]), len(x_TB[0])
+        y_TB = through(parts, frames(x_TB[0]), apply)
+        rest = [through(f, x, apply) for f, x in zip(self.synapses[1:], x_TB[1:], strict=True)]
+        rest_TB = sum(rest[1:], start=rest[0]) if rest else None
+        if self.keeper is not None and torch.is_grad_enabled():
+            self.keeper.output(y_TB, lambda x: through(parts, x, over_time), frames(x_TB[0]))
+        s_TB = self.kernel.fire(self.neuron, y_TB, norm, rest_TB, T)
+        if self.keeper is not None and isinstance(self.physics, LIF):
+            self.keeper.spikes(s_TB)
+        return s_TB
+
+    def current(self, *x_TB: Tensor, apply: Apply = over_time) -> Tensor:
         """Input current c_TB: one input per synapse."""
-        first, *rest = (over_time(f, x) for f, x in zip(self.synapses, x_TB, strict=True))
+        first, *rest = (through(f, x, apply) for f, x in zip(self.synapses, x_TB, strict=True))
         return sum(rest, start=first)
 
-    def forward(self, *x_TB: Tensor) -> Tensor:
-        """Spikes s_TB, or the current where there is no neuron."""
-        c_TB = self.current(*x_TB)
-        return c_TB if self.physics is None else self.scan(self.neuron, c_TB)
+
+def parts_of(synapse: nn.Module) -> list[nn.Module]:
+    """The modules of a synapse, in order."""
+    return list(synapse) if isinstance(synapse, nn.Sequential) else [synapse]
 
 
-def reference_scan(neuron: LIF | ReLU, c_TB: Tensor) -> Tensor:
-    """Spikes of the current by the plain-torch physics."""
-    return neuron.scan(c_TB)
+def normed(synapse: nn.Module) -> tuple[list[nn.Module], nn.BatchNorm2d | None]:
+    """The modules of a synapse, and the BatchNorm at its end, if there is one."""
+    *parts, last = parts_of(synapse)
+    return (parts, last) if isinstance(last, nn.BatchNorm2d) else ([*parts, last], None)
+
+
+def through(parts: nn.Module | list[nn.Module], x_TB: Tensor, apply: Apply) -> Tensor:
+    """What the modules of a synapse make of its input."""
+    for part in parts if isinstance(parts, list) else parts_of(parts):
+        weights = isinstance(part, nn.Conv2d | nn.Linear)
+        x_TB = apply(part, x_TB) if weights else over_time(part, x_TB)
+    return x_TB
+
+
+def frames(x_TB: Tensor) -> Tensor:
+    """One frame [1, B, ...] of an input that is the same at every timestep; else the input."""
+    return x_TB[:1] if x_TB.stride(0) == 0 else x_TB
 
 
 class TdBatchNorm2d(nn.BatchNorm2d):
@@ -87,7 +137,7 @@ def has_weights(synapse: nn.Module) -> bool:
 
 def weighted(synapse: nn.Module) -> tuple[list[nn.Module], nn.Conv2d | nn.Linear, list[nn.Module]]:
     """Split a synapse into what comes before its weights, the weighted map, and what follows."""
-    parts = list(synapse) if isinstance(synapse, nn.Sequential) else [synapse]
+    parts = parts_of(synapse)
     for i, part in enumerate(parts):
         if isinstance(part, nn.Conv2d | nn.Linear):
             return parts[:i], part, parts[i + 1 :]

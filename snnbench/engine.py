@@ -1,0 +1,134 @@
+"""How a run is computed, not what: device, kernel, precision, memory, layout.
+
+Whatever was asked for and is not possible here is an error or a fallback with its reason; what was
+done in the end stands in the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnbench.kernels.choice import Choice
+from snnbench.kernels.saved import Keeper, Level
+from snnbench.methods.base import Method
+from snnbench.models.layer import Network
+
+# Gradients of fp16 runs are multiplied by this, and divided again; it halves on an overflow.
+LOSS_SCALE = 2.0**10
+NEVER = 2**30
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Engine:
+    """Everything that is the same for all methods of a suite and changes no result by intention."""
+
+    device: torch.device
+    choice: Choice
+    precision: str = "fp32"
+    memory: Level = "speed"
+
+    def __post_init__(self) -> None:
+        self.keeper = None if self.memory == "speed" else Keeper(self.memory)
+        self.scaler: torch.amp.GradScaler | None = None
+        self.paths: set[str] = set()  # who did the layer steps of training
+        self.set_loss_scale(LOSS_SCALE)
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Start, or go on, with this scale; only fp16 has one."""
+        if self.precision == "fp16":
+            self.scaler = torch.amp.GradScaler(
+                self.device.type, init_scale=scale, growth_interval=NEVER
+            )
+
+    def take(self, net: Network) -> Network:
+        """Put the network on the device, in the layout and on the kernel of this engine."""
+        net.to(self.device).to(memory_format=torch.channels_last)
+        for layer in net.layers().values():
+            layer.keeper = self.keeper
+            layer.kernel = self.choice.kernel
+        return net
+
+    @property
+    def keeping(self) -> tuple[Callable[..., Any], ...]:
+        """What is kept of a saved tensor, and how it comes back; nothing for autograd's own way."""
+        return () if self.keeper is None else (self.keeper.pack, self.keeper.unpack)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision where the run asks for it; membranes and statistics stay in fp32."""
+        if self.precision in HALF:
+            return torch.autocast(self.device.type, dtype=HALF[self.precision])
+        return contextlib.nullcontext()
+
+    def backward(
+        self, method: Method, net: Network, x_TB: Tensor, target: Tensor, progress: float
+    ) -> Tensor:
+        """Let the method fill `.grad`; the loss comes back, detached and not scaled."""
+        if self.scaler is not None:
+            method.amplify = self.scaler.scale
+        with self.autocast(), contextlib.ExitStack() as stack:
+            if self.keeper is not None:
+                stack.enter_context(self.keeper.hooks())
+            self.choice.kernel.steps.clear()
+            loss = method.backward(net, x_TB, target, progress)
+            self.paths |= set(self.choice.kernel.steps)
+            return loss
+
+    def update(
+        self,
+        parameters: Iterable[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float | None,
+    ) -> None:
+        """One step of the optimizer; left out where an fp16 gradient has overflowed."""
+        step: Callable[[], Any] = optimizer.step
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
+        if self.scaler is None:
+            step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The scale as it stands; None where there is none. Waits for the device."""
+        return None if self.scaler is None else self.scaler.get_scale()
+
+    def describe(self) -> dict[str, Any]:
+        """What was done in the end, for the record."""
+        fallbacks, scale = list(self.choice.passed_over), self.loss_scale
+        if self.paths != {self.choice.name}:
+            fallbacks.append(f"{self.choice.name}: the method steps its neurons itself")
+        return {
+            "kernel_path": "+".join(sorted(self.paths)) or "reference",
+            "kernel_fallbacks": fallbacks,
+            "precision_path": self.precision,
+            # The scale halves for every update that is left out, and never grows.
+            "skipped_steps": None if scale is None else round(math.log2(LOSS_SCALE / scale)),
+        }
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """The precision that "auto" means here: fp16 on a GPU, fp32 on a CPU."""
+    if wanted == "auto":
+        return "fp16" if device.type == "cuda" else "fp32"
+    return wanted
+
+
+def set_matmul_precision(precision: str, device: torch.device) -> str | None:
+    """Set the precision of fp32 matrix products; why it cannot be had here, or None."""
+    if precision == "tf32" and device.type != "cuda":
+        return "tf32 needs a CUDA device"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return None

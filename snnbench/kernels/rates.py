@@ -1,0 +1,110 @@
+"""Gradients on time-means: what the rate-based method sends back through a fused layer.
+
+A convolution or linear map of a mean is the mean of the maps: no second forward pass is run, only
+the backward pass of one.  Shapes: T timesteps, B batch, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def linear(op: nn.Conv2d | nn.Linear, rate_B: Tensor, y_TB: Tensor, last: bool) -> Tensor:
+    """The map's output on the mean input, given its outputs y_TB on all timesteps.
+
+    With `last` nothing looks at the values, and they are left out.
+    """
+    mean_B = y_TB.new_empty(1).expand(y_TB.shape[1:]) if last else y_TB.mean(0)
+    dtype = y_TB.dtype
+    bias = None if op.bias is None else op.bias.to(dtype)
+    c_B: Tensor = _Linear.apply(rate_B.to(dtype), op.weight.to(dtype), bias, mean_B, op)
+    return c_B
+
+
+class _Linear(torch.autograd.Function):
+    """Backward of a convolution or linear map, for a forward that was done elsewhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rate_B: Tensor, weight: Tensor, bias: Tensor | None, mean_B: Tensor, op: nn.Module
+    ) -> Tensor:
+        ctx.save_for_backward(rate_B, weight)
+        ctx.op, ctx.biased = op, bias is not None
+        return mean_B.view_as(mean_B)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rate_B, weight = ctx.saved_tensors
+        (g_B,), op = grads, ctx.op
+        to_input, to_weight = ctx.needs_input_grad[:2]
+        if isinstance(op, nn.Conv2d):
+            sizes = [op.out_channels] if ctx.biased else None
+            grad_r, grad_w, grad_b = torch.ops.aten.convolution_backward(
+                g_B, rate_B, weight, sizes, op.stride, op.padding, op.dilation,
+                False, [0, 0], op.groups, [to_input, to_weight, ctx.biased],
+            )  # fmt: skip
+            return grad_r, grad_w, grad_b, None, None
+        rows = g_B.flatten(0, -2)
+        grad_r = g_B @ weight if to_input else None
+        grad_w = rows.T @ rate_B.flatten(0, -2) if to_weight else None
+        return grad_r, grad_w, rows.sum(0) if ctx.biased else None, None, None
+
+
+class Carry(torch.autograd.Function):
+    """Value of the spikes; a gradient on any timestep is one on the rate."""
+
+    @staticmethod
+    def forward(ctx: Any, s_TB: Tensor, rate_B: Tensor) -> Tensor:
+        """The spikes."""
+        return s_TB.view_as(s_TB)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        """Gradients of what `forward` was given."""
+        return None, grads[0].sum(0)
+
+
+class Step(torch.autograd.Function):
+    """The rate of a layer: gradient times eligibility, then the Jacobian of BatchNorm of means."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        c_B: Tensor,
+        rest_B: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        found: Any,
+    ) -> Tensor:
+        """The rate, as found."""
+        ctx.normed, ctx.rested = weight is not None, rest_B is not None
+        ctx.dtypes = (c_B.dtype, None if rest_B is None else rest_B.dtype)
+        if weight is None:
+            ctx.save_for_backward(found.elig_B)
+        else:
+            affine = found.affine
+            ctx.batch_stats = affine.batch_stats
+            ctx.save_for_backward(found.elig_B, found.xhat_B, affine.a)
+        rate_B: Tensor = found.rate_B
+        return rate_B.view_as(rate_B)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of what `forward` was given."""
+        elig_B, *norm = ctx.saved_tensors
+        gz_B = grads[0] * elig_B
+        grest_B = gz_B.to(ctx.dtypes[1]) if ctx.rested else None
+        if not ctx.normed:
+            return gz_B.to(ctx.dtypes[0]), grest_B, None, None, None
+        xhat_B, a = norm
+        axes, count = (0, *range(2, xhat_B.dim())), xhat_B.numel() // xhat_B.shape[1]
+        gbias, gweight = gz_B.sum(axes), (gz_B * xhat_B).sum(axes)
+        shape = (1, -1, *(1 for _ in axes[1:]))
+        gc_B = gz_B
+        if ctx.batch_stats:
+            gc_B = gz_B - (gbias / count).view(shape) - xhat_B * (gweight / count).view(shape)
+        gc_B = (gc_B * a.view(shape)).to(ctx.dtypes[0])
+        return gc_B, grest_B, gweight, gbias, None

@@ -1,0 +1,605 @@
+"""Kernels against the reference: layer by layer, with injected inputs, in float64.
+
+Never end to end in training mode: one tie that rounds the other way changes the statistics of the
+next layer, and everything after it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from snnbench import engine, registry
+from snnbench.kernels import choice, native, saved
+from snnbench.kernels.choice import choose
+from snnbench.kernels.fused import Kernel, cells, uncells
+from snnbench.kernels.reference import Reference
+from snnbench.methods import contract
+from snnbench.methods.rate import Rate
+from snnbench.models.layer import Layer, TdBatchNorm2d
+from snnbench.models.resnet import ResNet18, SEWResNet18
+from snnbench.models.vgg import VGG11
+from snnbench.neurons import LIF, SURROGATES, ATan, Sigmoid, Triangle
+
+CPU = torch.device("cpu")
+EPS = 1e-4  # |v_pre - v_th| below which rounding may decide
+NATIVE = native.unavailable(CPU)
+BACKENDS = {"native": native}
+needs_native = pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))
+
+RESETS = [("soft", False), ("soft", True), ("hard", False), ("hard", True)]
+# Every surrogate with every reset; T, sizes, norm, residual and the rest of the options rotate.
+CASES = [
+    {
+        "surrogate": surrogate,
+        "reset": reset,
+        "detach": detach,
+        "T": (1, 2, 4, 7, 16)[i % 5],
+        "C": (1, 5, 16, 33, 300)[i // 2 % 5],
+        "side": (1, 3, 4)[i % 3],
+        "norm": (None, "bn", "eval", "td")[i % 4],
+        "rest": i % 3 == 1,
+        "stem": i % 5 == 4,
+        "strict": i % 2 == 1,
+        "decay_input": i % 4 == 2,
+        "learn": i % 3 == 2,
+    }
+    for i, (surrogate, (reset, detach)) in enumerate(itertools.product(SURROGATES, RESETS))
+]
+
+
+def case_id(case):
+    return "-".join(str(v) for v in case.values())
+
+
+def make_neuron(case):
+    return LIF(
+        0.7, 0.8, case["reset"], case["detach"], case["strict"], case["decay_input"],
+        reset_by=0.9, learn_decay=case["learn"], surrogate=SURROGATES[case["surrogate"]](),
+    )  # fmt: skip
+
+
+def make_layer(case):
+    """A layer that only normalises, and one that adds to it."""
+    C = case["C"]
+    norm = TdBatchNorm2d(C, 0.7) if case["norm"] == "td" else nn.BatchNorm2d(C)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.bias, 0.2, 0.8)
+    first = nn.Identity() if case["norm"] is None else nn.Sequential(nn.Identity(), norm)
+    rest = [nn.Identity()] if case["rest"] else []
+    layer = Layer(first, *rest, neuron=make_neuron(case))
+    norm.running_mean.uniform_(-0.5, 0.5)
+    norm.running_var.uniform_(0.5, 2)
+    return layer.eval() if case["norm"] == "eval" else layer.train()
+
+
+def inputs(case, dtype=torch.float32, B=3):
+    T, shape = case["T"], (B, case["C"], case["side"], case["side"] + 1)
+    x = torch.randn(shape).expand(T, *shape) if case["stem"] else torch.randn(T, *shape)
+    x_TB = [x.to(dtype)] + [torch.randn(T, *shape).to(dtype)] * case["rest"]
+    return x_TB, torch.randn(T, *shape).to(dtype)
+
+
+def outcome(layer, x_TB, g_TB, dtype):
+    """Spikes and all gradients, as float64."""
+    layer = copy.deepcopy(layer).to(dtype)
+    leaves = [(x[0] if x.stride(0) == 0 else x).to(dtype).clone().requires_grad_() for x in x_TB]
+    fed = [v.expand_as(x) if x.stride(0) == 0 else v for v, x in zip(leaves, x_TB, strict=True)]
+    s_TB = layer(*fed)
+    s_TB.backward(g_TB.to(dtype))
+    grads = {f"x{i}": v.grad for i, v in enumerate(leaves)}
+    grads |= {n: p.grad for n, p in layer.named_parameters()}
+    stats = {n: b for n, b in layer.named_buffers() if b.is_floating_point()}
+    tensors = grads | stats
+    return s_TB.detach().double(), {k: v.double() for k, v in tensors.items() if v is not None}
+
+
+def margins(layer, x_TB):
+    """|v_pre - v_th| of every neuron and timestep, in float64."""
+    layer = copy.deepcopy(layer).double()
+    c_TB = layer.current(*(x.double() for x in x_TB)).detach()
+    v, out = None, []
+    for c in c_TB:
+        _, v_pre, v = layer.neuron.step(c, v)
+        out.append((v_pre - layer.neuron.v_th).abs().detach())
+    return torch.stack(out)
+
+
+def check_case(kernel, case, seed=0):
+    torch.manual_seed(seed)
+    layer = make_layer(case)
+    x_TB, g_TB = inputs(case)
+    # Neurons that come near the threshold at any time are left out, and so is their gradient.
+    near = (margins(layer, x_TB) < EPS).any(0)
+    if case["norm"] in (None, "eval"):
+        assert near.double().mean() < 0.05
+    expected_s, expected = outcome(layer, x_TB, g_TB * ~near, torch.float64)
+    layer.kernel = kernel
+    got_s, got = outcome(layer, x_TB, g_TB * ~near, torch.float32)
+    assert torch.equal(got_s[:, ~near], expected_s[:, ~near])
+    # At T = 1 a decay that acts on nothing has no gradient, or one of zero.
+    for name in got.keys() - expected.keys():
+        assert (name, case["T"], float(got[name])) == ("decay_logit", 1, 0.0)
+    for name, grad in expected.items():
+        difference = (got[name] - grad).norm() / grad.norm().clamp_min(1e-3)
+        assert difference < 2e-5, (name, float(difference))
+
+
+@needs_native
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_native_layer_step_against_float64(case):
+    check_case(Kernel("native", native), case)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {
+            "surrogate": st.sampled_from(sorted(SURROGATES)),
+            "reset": st.sampled_from(["soft", "hard"]),
+            "detach": st.booleans(),
+            "T": st.integers(1, 9),
+            "C": st.integers(1, 40),
+            "side": st.integers(1, 5),
+            "norm": st.sampled_from([None, "bn", "eval", "td"]),
+            "rest": st.booleans(),
+            "stem": st.booleans(),
+            "strict": st.booleans(),
+            "decay_input": st.booleans(),
+            "learn": st.booleans(),
+        }
+    ),
+    st.integers(0, 100),
+)
+def test_native_layer_step_on_any_combination(case, seed):
+    # One value a channel has no variance to divide by, and its gradient is all rounding.
+    check_case(Kernel("native", native), case | {"side": case["side"] + 1}, seed)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("channels", [3, 64, 700])
+def test_native_sums_are_the_same_bits_at_every_call(channels, threads, monkeypatch):
+    monkeypatch.setattr(native, "_threads", lambda n: threads)
+    y, g = torch.randn(4, 500, channels), torch.randn(4, 500, channels)
+    mean, var = native.stats(y)
+    torch.testing.assert_close(mean, y.mean((0, 1)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(var, y.var((0, 1), correction=0), atol=1e-6, rtol=1e-5)
+    rstd = torch.rsqrt(var)
+    neuron, decay = LIF(), torch.full((1,), 0.5)
+    args = (g, y, rstd, -mean * rstd, mean, rstd, None, decay, neuron, 4, True)
+    first, again = native.fire_backward(*args), native.fire_backward(*args)
+    for a, b in zip(first, again, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@needs_native
+def test_native_statistics_of_values_far_from_zero():
+    y = 1000 + torch.randn(2, 4000, 3)
+    _, var = native.stats(y)
+    torch.testing.assert_close(var, y.double().var((0, 1), correction=0).float(), rtol=1e-4, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("reset", ["soft", "hard"])
+def test_a_membrane_that_is_not_finite_is_never_silent(value, reset):
+    layer = Layer(nn.Identity(), neuron=LIF(reset=reset))
+    layer.kernel = Kernel("native", native)
+    x_TB = torch.zeros(3, 2, 5)
+    x_TB[1, 1, 3] = value
+    s_TB = layer(x_TB)
+    assert s_TB[1, 1, 3].isnan()
+    assert torch.equal(s_TB.isnan(), Reference().fire(layer.neuron, x_TB, None, None, 3).isnan())
+    rates, _ = native.rate_fire(x_TB, *[None] * 5, torch.full((1,), 0.5), layer.neuron, 3)[:2]
+    assert rates[1, 1, 3].isnan()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES[::3], ids=case_id)
+def test_native_step_of_half_precision_inputs(case, dtype):
+    """The inputs are rounded, the arithmetic is not: the same spikes as from those inputs."""
+    torch.manual_seed(1)
+    layer = make_layer(case)
+    x_TB, g_TB = inputs(case)
+    x_TB, g_TB = [x.to(dtype) for x in x_TB], g_TB.to(dtype)
+    near = (margins(layer, x_TB) < EPS).any(0)
+    expected_s, expected = outcome(layer, x_TB, g_TB * ~near, torch.float64)
+    layer.kernel = Kernel("native", native)
+    leaves = [(x[0] if x.stride(0) == 0 else x).clone().requires_grad_() for x in x_TB]
+    fed = [v.expand_as(x) if x.stride(0) == 0 else v for v, x in zip(leaves, x_TB, strict=True)]
+    s_TB = layer(*fed)
+    s_TB.backward(g_TB * ~near)
+    assert s_TB.dtype == dtype
+    assert torch.equal(s_TB.double()[:, ~near], expected_s[:, ~near])
+    resolution = torch.finfo(dtype).eps
+    for i, leaf in enumerate(leaves):
+        difference = (leaf.grad.double() - expected[f"x{i}"]).norm() / expected[f"x{i}"].norm()
+        assert difference < 4 * resolution
+    for name, parameter in layer.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.dtype == torch.float32
+            torch.testing.assert_close(
+                parameter.grad.double(), expected[name], rtol=8 * resolution, atol=8 * resolution
+            )
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("grad_layout", [torch.contiguous_format, torch.channels_last])
+def test_inputs_and_gradients_of_any_memory_format(layout, grad_layout):
+    """A gradient in the other format, taken for one in the own, is wrong without a word."""
+    case = CASES[5] | {"C": 6, "side": 4, "T": 3, "norm": "bn", "rest": True, "stem": False}
+    torch.manual_seed(0)
+    layer = make_layer(case)
+    x_TB, g_TB = inputs(case)
+
+    def in_layout(x_TB, to):
+        return x_TB.flatten(0, 1).contiguous(memory_format=to).unflatten(0, x_TB.shape[:2])
+
+    x_TB = [in_layout(x, layout) for x in x_TB]
+    near = (margins(layer, x_TB) < EPS).any(0)
+    g_TB = in_layout(g_TB * ~near, grad_layout)
+    _, expected = outcome(layer, x_TB, g_TB, torch.float64)
+    layer.kernel = Kernel("native", native)
+    _, got = outcome(layer, x_TB, g_TB, torch.float32)
+    for name, grad in expected.items():
+        torch.testing.assert_close(got[name], grad, atol=1e-5, rtol=1e-4)
+
+
+@needs_native
+def test_inputs_that_are_strided_views():
+    torch.manual_seed(0)
+    wide = torch.randn(4, 6, 5, 8, 8)
+    x_TB = wide[:, ::2, 1:4, :, ::2]
+    layer = Layer(nn.Sequential(nn.Identity(), nn.BatchNorm2d(3)), neuron=LIF())
+    plain = copy.deepcopy(layer)
+    layer.kernel = Kernel("native", native)
+    assert torch.equal(layer(x_TB), plain(x_TB.clone()))
+
+
+def test_cells_and_back():
+    x_TB = torch.randn(2, 3, 4, 5, 6)
+    assert torch.equal(uncells(cells(x_TB), x_TB[0]), x_TB)
+    last = x_TB.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 3))
+    assert cells(last).data_ptr() == last.data_ptr()  # a view
+    assert cells(torch.randn(2, 3, 4)).shape == (2, 3, 4)
+
+
+# --- the rate-based step ----------------------------------------------------------------------
+
+
+def rate_gradients(net, x_TB, y, kernel):
+    net = copy.deepcopy(net)
+    if kernel is not None:
+        for layer in net.layers().values():
+            layer.kernel = kernel
+    loss = Rate().backward(net, x_TB, y, 0.0)
+    return loss, {n: p.grad for n, p in net.named_parameters()}
+
+
+NETS = {
+    "vgg11": (VGG11, {"width": 1 / 16, "init": "kaiming"}),
+    "vgg11_tdbn": (VGG11, {"width": 1 / 16, "init": "kaiming", "norm": "tdbn"}),
+    "resnet18": (ResNet18, {"width": 1 / 16}),
+    "sew": (SEWResNet18, {"width": 1 / 16, "stem": "cifar"}),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", NETS)
+def test_rate_without_a_second_forward_pass_is_rate(name, frozen):
+    """conv(mean s) = mean conv(s): gradients of the two-phase algorithm, to rounding.
+
+    With frozen BN; in training mode only where no spike flips, which a coarse grid makes likely.
+    """
+    cls, options = NETS[name]
+    torch.manual_seed(3)
+    net = cls(cls.Config(**options), (3, 16, 16), 10, LIF(surrogate=Sigmoid(), detach_reset=True))
+    net.train(not frozen)
+    if frozen:
+        for bn in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+            bn.running_var.fill_(0.3)
+    x = torch.randn(4, 3, 16, 16)
+    x_TB, y = x.expand(4, *x.shape), torch.randint(0, 10, (4,))
+    loss, expected = rate_gradients(net, x_TB, y, None)
+    fast_loss, got = rate_gradients(net, x_TB, y, Kernel("native", native))
+    torch.testing.assert_close(fast_loss, loss, atol=1e-6, rtol=1e-5)
+    for parameter, grad in expected.items():
+        error = (got[parameter] - grad).norm() / grad.norm().clamp_min(1e-3)
+        assert error < 1e-3, (parameter, float(error))
+
+
+@needs_native
+@pytest.mark.parametrize("T", [1, 2, 8, 32])
+def test_rate_keeps_the_same_bytes_at_every_T(T):
+    from snnbench.measure.memory import saved_bytes
+
+    net = VGG11(VGG11.Config(width=1 / 16), (3, 16, 16), 10, LIF())
+    net.to(memory_format=torch.channels_last)
+    for layer in net.layers().values():
+        layer.kernel = Kernel("native", native)
+    x, y = torch.randn(4, 3, 16, 16), torch.randint(0, 10, (4,))
+
+    def kept(T):
+        return saved_bytes(
+            lambda: Rate().backward(net, x.expand(T, *x.shape), y, 0.0), [*net.parameters(), x]
+        )
+
+    # The logits of every timestep are the only thing with a T, 10 numbers a sample.
+    assert kept(T) - kept(1) <= 3 * 4 * 10 * 4 * T
+
+
+# --- the contract, on every kernel --------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("name", registry.BUILT_IN["methods"])
+def test_methods_keep_the_contract_on_the_native_kernel(name, monkeypatch):
+    kernel = Kernel("native", native)
+    monkeypatch.setattr("snnbench.models.layer.Reference", lambda: kernel)
+    method = registry.find("methods", name).load()
+    checks = contract.check(lambda options: method(method.Config(**options)), method.bptt_limit[0])
+    assert [f"{c.name}: {c.detail}" for c in checks if not c.ok] == []
+
+
+# --- what is kept for backward ------------------------------------------------------------------
+
+
+@given(st.integers(1, 70), st.integers(0, 2**32))
+@settings(max_examples=50, deadline=None)
+def test_bits_come_back_as_they_went(n, seed):
+    s = (torch.rand(n, generator=torch.Generator().manual_seed(seed)) > 0.5).float()
+    bits = saved.pack(s)
+    assert bits.dtype == torch.uint8
+    assert bits.numel() == (n + 7) // 8
+    assert torch.equal(saved.unpack(bits, n, torch.float32), s)
+
+
+def bytes_per_neuron_step(memory, method=None, dtype=None, width=0.25):
+    """Bytes kept for backward of VGG-11, T = 4, B = 32, over its neurons x timesteps."""
+    from snnbench.measure.memory import saved_bytes
+    from snnbench.methods.bptt import BPTT
+
+    T, B = 4, 32
+    net = VGG11(VGG11.Config(width=width), (3, 32, 32), 10, LIF())
+    run = engine.Engine(CPU, choose("native", BACKENDS, CPU), dtype or "fp32", memory)
+    run.take(net)
+    x, y = torch.randn(B, 3, 32, 32), torch.randint(0, 10, (B,))
+    count = 0
+    with torch.no_grad():
+
+        def look(layer, *x_TB):
+            nonlocal count
+            s_TB = layer(*x_TB)
+            count += s_TB.numel() if layer.physics is not None else 0
+            return s_TB
+
+        net(x.expand(T, *x.shape), look)
+    method = method or BPTT()
+    with run.autocast():
+        kept = saved_bytes(
+            lambda: method.backward(net, x.expand(T, *x.shape), y, 0.0),
+            [*net.parameters(), *net.buffers(), x], *run.keeping,
+        )  # fmt: skip
+    return kept / count
+
+
+@needs_native
+def test_bytes_kept_for_every_neuron_and_timestep():
+    """The goals of the engine, exact: no clock, no allocator."""
+    assert bytes_per_neuron_step("speed") <= 9.0
+    assert bytes_per_neuron_step("speed", dtype="bf16") <= 4.6
+    assert bytes_per_neuron_step("speed", Rate()) <= 3.2
+    assert bytes_per_neuron_step("balanced") <= 4.2
+    assert bytes_per_neuron_step("smallest") <= 0.9
+
+
+@needs_native
+def test_operations_of_a_training_step():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from snnbench.methods.bptt import BPTT
+    from snnbench.recipe import make_optimizer
+    from snnbench.spec import TrainConfig
+
+    class Count(TorchDispatchMode):
+        done = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Count.done += 1
+            return func(*args, **(kwargs or {}))
+
+    net = VGG11(VGG11.Config(width=0.25), (3, 32, 32), 10, LIF())
+    run = engine.Engine(CPU, choose("native", BACKENDS, CPU))
+    run.take(net)
+    optimizer = make_optimizer(TrainConfig(epochs=1), net)
+    x, y = torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        run.backward(BPTT(), net, x.expand(4, *x.shape), y, 0.0)
+        run.update(net.parameters(), optimizer, None)
+
+    step()
+    with Count():
+        step()
+    assert Count.done <= 900
+
+
+@pytest.mark.parametrize("memory", ["balanced", "smallest"])
+def test_sums_of_spikes_and_images_are_kept_as_they_are(memory):
+    """SEW blocks send sums of spikes, which are no bits."""
+    torch.manual_seed(0)
+    net = SEWResNet18(SEWResNet18.Config(width=1 / 16), (3, 8, 8), 10, LIF(surrogate=ATan()))
+    x, y = torch.randn(3, 3, 8, 8), torch.randint(0, 10, (3,))
+    grads = []
+    for level in ("speed", memory):
+        run = engine.Engine(CPU, choose("reference", {}, CPU), memory=level)
+        copied = run.take(copy.deepcopy(net))
+        from snnbench.methods.bptt import BPTT
+
+        run.backward(BPTT(), copied, x.expand(3, *x.shape), y, 0.0)
+        grads.append([p.grad for p in copied.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_an_address_that_is_used_again_is_not_taken_for_spikes():
+    keeper = saved.Keeper("balanced")
+    s = torch.ones(64)
+    keeper.spikes(s)
+    assert not isinstance(keeper.pack(s.view(8, 8)), torch.Tensor)
+    assert isinstance(keeper.pack(s[:32]), torch.Tensor)  # a part is not the whole
+    address = s.data_ptr()
+    del s
+    other = torch.rand(64)
+    keeper._spikes.pop(other.data_ptr(), None) if other.data_ptr() != address else None
+    assert isinstance(keeper.pack(other), torch.Tensor)
+
+
+# --- choice, building, allocator ----------------------------------------------------------------
+
+
+class Missing:
+    @staticmethod
+    def unavailable(device):
+        return "there is none today"
+
+
+def test_auto_takes_the_fastest_and_says_what_it_passed_over():
+    found = choose("auto", {"native": Missing}, CPU)
+    assert found.name == "reference"
+    assert found.passed_over == ("native: there is none today",)
+    cuda = choose("auto", {"triton": Missing, "compiled": Missing}, torch.device("cuda"))
+    assert [line.partition(":")[0] for line in cuda.passed_over] == ["triton", "compiled"]
+
+
+def test_a_kernel_asked_for_by_name_is_had_or_is_an_error():
+    with pytest.raises(RuntimeError, match="kernel 'native': there is none today"):
+        choose("native", {"native": Missing}, CPU)
+    assert choose("reference", {}, CPU).kernel.name == "reference"
+    assert "runs on the CPU" in str(native.unavailable(torch.device("cuda")))
+
+
+@pytest.mark.parametrize("name", list(registry.BUILT_IN["kernels"]))
+def test_every_kernel_has_a_summary_and_a_source(name):
+    described = registry.find("kernels", name).describe()
+    assert described["summary"]
+    assert described["source"]
+    if name != "reference":
+        assert name in {k for names in choice.ORDER.values() for k in names}
+
+
+def test_no_compiler_is_said_and_not_fatal(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(OSError, match=r"no C\+\+ compiler"):
+        native.library.__wrapped__()
+
+
+def test_a_compiler_that_fails_is_said_with_its_complaint(monkeypatch, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'fatal error: no such header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin:/usr/bin")
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setattr(native.platformdirs, "user_cache_path", lambda name: tmp_path / "cache")
+    with pytest.raises(OSError, match="no such header"):
+        native.library.__wrapped__()
+    assert list((tmp_path / "cache" / "native").iterdir()) == []  # nothing half-built
+
+
+@needs_native
+def test_the_library_is_built_once_and_found_again(monkeypatch, tmp_path):
+    builds = []
+    monkeypatch.setattr(native.platformdirs, "user_cache_path", lambda name: tmp_path)
+    build = native.build
+    monkeypatch.setattr(native, "build", lambda *a: (builds.append(a), build(*a)))
+    native.library.__wrapped__()
+    native.library.__wrapped__()
+    assert len(builds) == 1
+    (made,) = (tmp_path / "native").iterdir()
+    assert made.suffix == ".so"
+
+
+@needs_native
+def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch):
+    def forbidden(self, *args, **kwargs):
+        raise PermissionError("read-only home")
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    assert native.library.__wrapped__() is not None
+
+
+def test_freed_memory_is_kept_for_the_next_step():
+    """In a process of its own: what was set stays."""
+    code = """
+import ctypes, resource
+from snnbench.allocator import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        bytes(50_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+print(keep_freed_memory(), first, faults(), faults(), sep="|")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told, before, _, after = done.stdout.strip().split("|")
+    if platform.libc_ver()[0] != "glibc":
+        assert told.startswith("unchanged: ")
+    else:
+        assert told == "glibc keeps freed memory"
+        assert int(after) < int(before) / 4 or int(before) < 1000
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "expected"),
+    [("auto", "cpu", "fp32"), ("auto", "cuda", "fp16"), ("bf16", "cuda", "bf16")],
+)
+def test_precision(wanted, device, expected):
+    assert engine.resolve_precision(wanted, torch.device(device)) == expected
+
+
+def test_tf32_needs_cuda():
+    assert "CUDA" in str(engine.set_matmul_precision("tf32", CPU))
+
+
+@needs_native
+def test_memory_does_not_grow_over_steps():
+    """Live tensors after 60 steps are those after 20."""
+    import gc
+
+    from snnbench.methods.bptt import BPTT
+
+    net = VGG11(VGG11.Config(width=1 / 16), (3, 16, 16), 10, replace(LIF(), surrogate=Triangle()))
+    run = engine.Engine(CPU, choose("native", BACKENDS, CPU), memory="smallest")
+    run.take(net)
+    x, y = torch.randn(2, 3, 16, 16), torch.randint(0, 10, (2,))
+
+    def live(steps):
+        for _ in range(steps):
+            net.zero_grad(set_to_none=True)
+            run.backward(BPTT(), net, x.expand(4, *x.shape), y, 0.0)
+            run.backward(Rate(), net, x.expand(4, *x.shape), y, 0.0)
+        gc.collect()
+        return sum(type(o) in (torch.Tensor, nn.Parameter) for o in gc.get_objects())
+
+    assert live(20) == live(40)
