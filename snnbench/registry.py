@@ -69,6 +69,8 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "kernels": {
         "reference": "snnbench.kernels.reference",
         "native": "snnbench.kernels.native",
+        "compiled": "snnbench.kernels.compiled",
+        "triton": "snnbench.kernels.triton",
     },
 }
 

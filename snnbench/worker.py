@@ -23,7 +23,7 @@ import torch
 from snnbench import machine, registry
 from snnbench.allocator import keep_freed_memory
 from snnbench.engine import Engine, resolve_precision, set_matmul_precision
-from snnbench.errors import DataError, DivergedError, ResultsError, SnnbenchError, WorkerError
+from snnbench.errors import DivergedError, ResultsError, SnnbenchError, WorkerError
 from snnbench.kernels.choice import choose
 from snnbench.methods import contract as contract_of_methods
 from snnbench.neurons import LIF, PRESETS, neuron_options
@@ -179,7 +179,7 @@ def _finish(run: RunFolder, context: Context, send: Callable[[dict[str, Any]], N
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         record |= {"status": "oom", "reason": _one_line(error)}
-    except DataError as error:
+    except SnnbenchError as error:
         record |= {"status": "failed", "reason": str(error)}
     except Exception as error:
         traceback.print_exc()
@@ -297,7 +297,7 @@ def _engine(spec: RunSpec, device: torch.device) -> Engine:
     try:
         choice = choose(spec.kernel, backends, device)
     except RuntimeError as error:
-        raise RunSkipped(str(error)) from error
+        raise WorkerError(str(error)) from error
     if why := set_matmul_precision(precision, device):
         raise RunSkipped(why)
     return Engine(device, choice, precision, spec.memory)

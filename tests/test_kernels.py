@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from snnbench import engine, registry
-from snnbench.kernels import choice, native, saved
+from snnbench.kernels import choice, compiled, native, saved
 from snnbench.kernels.choice import choose
 from snnbench.kernels.fused import Kernel, cells, uncells
 from snnbench.kernels.reference import Reference
@@ -144,6 +145,21 @@ def test_native_layer_step_against_float64(case):
     check_case(Kernel("native", native), case)
 
 
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_compiled_layer_step_against_float64(case, monkeypatch):
+    """The functions that Inductor compiles, run as they are."""
+    monkeypatch.setattr(compiled, "_compiled", lambda f, options: partial(f, **dict(options)))
+    check_case(Kernel("compiled", compiled), case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES[::7], ids=case_id)
+def test_compiled_layer_step_through_inductor(case):
+    if why := compiled.unavailable(CPU):
+        pytest.skip(why)
+    check_case(Kernel("compiled", compiled), case)
+
+
 @needs_native
 @settings(max_examples=60, deadline=None)
 @given(
@@ -198,7 +214,7 @@ def test_native_statistics_of_values_far_from_zero():
 @needs_native
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("reset", ["soft", "hard"])
-def test_a_membrane_that_is_not_finite_is_never_silent(value, reset):
+def test_a_membrane_that_is_not_finite_is_never_silent(value, reset, monkeypatch):
     layer = Layer(nn.Identity(), neuron=LIF(reset=reset))
     layer.kernel = Kernel("native", native)
     x_TB = torch.zeros(3, 2, 5)
@@ -206,6 +222,10 @@ def test_a_membrane_that_is_not_finite_is_never_silent(value, reset):
     s_TB = layer(x_TB)
     assert s_TB[1, 1, 3].isnan()
     assert torch.equal(s_TB.isnan(), Reference().fire(layer.neuron, x_TB, None, None, 3).isnan())
+    for backend in (compiled,):
+        monkeypatch.setattr(backend, "_compiled", lambda f, options: partial(f, **dict(options)))
+        args = (x_TB, *[None] * 5, torch.full((1,), 0.5), layer.neuron, 3)
+        assert torch.equal(backend.rate_fire(*args)[0].isnan(), s_TB.isnan())
     rates, _ = native.rate_fire(x_TB, *[None] * 5, torch.full((1,), 0.5), layer.neuron, 3)[:2]
     assert rates[1, 1, 3].isnan()
 
@@ -484,9 +504,10 @@ class Missing:
 
 
 def test_auto_takes_the_fastest_and_says_what_it_passed_over():
-    found = choose("auto", {"native": Missing}, CPU)
+    found = choose("auto", {"native": Missing, "compiled": Missing}, CPU)
     assert found.name == "reference"
-    assert found.passed_over == ("native: there is none today",)
+    assert found.passed_over[0] == "native: there is none today"
+    assert len(found.passed_over) == 2
     cuda = choose("auto", {"triton": Missing, "compiled": Missing}, torch.device("cuda"))
     assert [line.partition(":")[0] for line in cuda.passed_over] == ["triton", "compiled"]
 

@@ -11,7 +11,7 @@ from snnbench.kernels.fused import Kernel
 from snnbench.kernels.reference import Reference
 
 # Fastest first; the reference always works.
-ORDER = {"cuda": ("triton", "compiled"), "cpu": ("native",)}
+ORDER = {"cuda": ("triton", "compiled"), "cpu": ("native", "compiled")}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,10 +26,9 @@ Apply = Callable[[nn.Module, Tensor], Tensor]
 
 def over_time(module: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
     """Apply a stateless module to all timesteps at once: [T, B, ...] -> [T, B, ...]."""
-    if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
-        with shapes_only():
-            return module(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
-    out_TB: Tensor = module(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
+    average = isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d)
+    with shapes_only() if average else nullcontext():
+        out_TB: Tensor = module(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
     return out_TB
 
 
