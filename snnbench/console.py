@@ -159,6 +159,7 @@ class Lines:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
+        self._engine = EngineNews()
 
     def __enter__(self) -> Lines:
         return self
@@ -176,6 +177,8 @@ class Lines:
 
     def message(self, message: dict[str, Any]) -> None:
         """The run in progress says something."""
+        for text, losing in self._engine.news(message):
+            self.warn(text) if losing else self._say(text)
 
     def ended(self, planned: Planned, row: Mapping[str, Any]) -> None:
         """The run has an outcome."""
@@ -204,6 +207,7 @@ class Bars:
             TextColumn("{task.fields[note]}"), Remaining(), console=self._console,
         )  # fmt: skip
         self._live = Live(self._progress, console=self._console, transient=True)
+        self._engine = EngineNews()
         self._suite: TaskID | None = None
         self._run: TaskID | None = None
 
@@ -225,6 +229,8 @@ class Bars:
 
     def message(self, message: dict[str, Any]) -> None:
         """The run in progress says something."""
+        for text, losing in self._engine.news(message):
+            self.warn(text) if losing else self._print(text)
         if self._run is not None and message.get("event") == "epoch":
             acc = message["val_acc"]
             note = "" if acc is None else f"val {100 * acc:.2f}%"
@@ -246,6 +252,23 @@ class Bars:
 
     def _print(self, text: str, style: str = "") -> None:
         self._console.print(escape(text), style=style, soft_wrap=True)
+
+
+class EngineNews:
+    """How runs are computed, said once and not for every run."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def news(self, message: dict[str, Any]) -> list[tuple[str, bool]]:
+        """New lines of a message of the worker; True with what a faster kernel was given up for."""
+        if message.get("event") != "engine":
+            return []
+        line = "{device}, kernel {kernel}, {precision}; {allocator}".format(**message)
+        lost = [f"a faster kernel is not used: {why}" for why in message["passed_over"]]
+        new = [(text, text != line) for text in (line, *lost) if text not in self._said]
+        self._said |= {text for text, _ in new}
+        return new
 
 
 def begin_line(plan: Plan) -> str:

@@ -168,9 +168,9 @@ def _finish(run: RunFolder, context: Context, send: Callable[[dict[str, Any]], N
             for kind in ("dataset", "model", "method")
         }
         device = _device(context.device)
-        record["allocator"] = keep_freed_memory()
         record["machine"] = machine.describe(device)
-        record |= _train(run, spec, context, device, stop, send)
+        record["allocator"] = keep_freed_memory()
+        record |= _train(run, spec, context, device, stop, send, record["allocator"])
     except RunSkipped as error:
         record |= {"status": "skipped", "reason": str(error)}
     except DivergedError as error:
@@ -200,11 +200,22 @@ def _train(
     device: torch.device,
     stop: _Stop,
     send: Callable[[dict[str, Any]], None],
+    allocator: str,
 ) -> dict[str, Any]:
     """Build what the spec names and train it; the metrics of the record."""
     began = time.perf_counter()
     engine = _engine(spec, device)
     setup_s = time.perf_counter() - began
+    send(
+        {
+            "event": "engine",
+            "device": device.type,
+            "kernel": engine.choice.name,
+            "passed_over": list(engine.choice.passed_over),
+            "precision": engine.precision,
+            "allocator": allocator,
+        }
+    )
     dataset = _build("datasets", spec.dataset, spec.data)
     data = dataset.load(Path(context.data_root), context.allow_unverified_data)
 

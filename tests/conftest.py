@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Columns that a clock or the operating system decides; all others must be reproducible.
 TIMING = {
-    "train_s", "eval_s", "wall_s", "overhead_s", "measure_s", "worker_s", "step_ms_p25",
+    "train_s", "eval_s", "wall_s", "overhead_s", "measure_s", "worker_s", "setup_s", "step_ms_p25",
     "step_ms_p50", "step_ms_p75", "steps_timed", "peak_bytes",
 }  # fmt: skip
 GUEST = Path(__file__).parent / "plugin_faulty"

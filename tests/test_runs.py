@@ -76,8 +76,12 @@ def test_every_run_is_done_and_said_so(done):
     assert (ended.returncode, ended.stdout) == (0, "")
     lines = ended.stderr.splitlines()
     assert lines[0].startswith("tiny: 10 runs, 0 done already, 10 to do")
-    assert [line.split()[0] for line in lines[1:-1]] == [f"[{i}/10]" for i in range(1, 11)]
-    assert all("done: test" in line for line in lines[1:-1])
+    engine = [line for line in lines[1:-1] if not line.startswith("[")]
+    assert engine[0].startswith("cpu, kernel ")
+    assert all(line.startswith("warning: a faster kernel is not used: ") for line in engine[1:])
+    runs = [line for line in lines if line.startswith("[")]
+    assert [line.split()[0] for line in runs] == [f"[{i}/10]" for i in range(1, 11)]
+    assert all("done: test" in line for line in runs)
     assert lines[-1].startswith("next: snnbench report tiny --results")
     assert Counter(row["status"] for row in rows(done.first)) == {"done": 10}
     assert {(row["method"], row["seed"]) for row in rows(done.first)} == {

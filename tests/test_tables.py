@@ -95,6 +95,10 @@ def measured(spec: RunSpec, acc: float, **more: Any) -> dict[str, Any]:
         "data_hash": "1234567890123456",
         "data_verified": True,
         "kernel_path": "reference",
+        "kernel_fallbacks": ["native: no compiler"],
+        "precision_path": "fp32",
+        "setup_s": 0.5,
+        "allocator": "unchanged: not glibc",
         "source_hash": "0000000000000001",
         "history": [
             {"epoch": n, "lr": 0.1, "train_loss": 1 / n, "val_acc": None, "test_acc": acc,

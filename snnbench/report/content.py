@@ -218,11 +218,13 @@ def _facts(frame: pd.DataFrame, lifted: dict[str, str]) -> list[str]:
         found = sorted({str(v) for v in frame[name].dropna()})
         return ", ".join(found) or "unknown"
 
+    known = "precision_path" in frame and frame["precision_path"].notna().any()
+    precision = "precision_path" if known else "precision"
     facts = [f"{k}: {v}" for k, v in lifted.items()]
     facts += [
         f"machine: {values('device')} ({values('machine_id')})",
         f"versions: snnbench {values('version')}, torch {values('torch')}",
-        f"kernel: {values('kernel_path')}, precision: {values('precision')}",
+        f"kernel: {values('kernel_path')}, precision: {values(precision)}",
     ]
     unverified = frame[frame["data_verified"].astype(str).str.lower() == "false"]
     if len(unverified):
