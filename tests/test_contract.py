@@ -20,7 +20,7 @@ def run(cls):
 @pytest.mark.parametrize("name", registry.BUILT_IN["methods"])
 def test_every_built_in_method_keeps_the_contract(name):
     checks = run(registry.find("methods", name).load())
-    assert len(checks) == 7
+    assert len(checks) == 8
     assert [f"{c.name}: {c.detail}" for c in checks.values() if not c.ok] == []
 
 
@@ -78,6 +78,13 @@ class Random(BPTT):
         return 1.0 + 0.1 * Random.count
 
 
+class Unscaled(Method):
+    def backward(self, net, x_TB, target, progress):
+        loss = self.loss(net(x_TB), target, progress)
+        loss.backward()
+        return loss.detach()
+
+
 @pytest.mark.parametrize(
     ("cls", "clause"),
     [
@@ -89,6 +96,7 @@ class Random(BPTT):
         (Hooking, "evaluation knows no method"),
         (Ordered, "batch order does not matter"),
         (Random, "same seed same gradient"),
+        (Unscaled, "gradients follow the scale of the loss"),
     ],
 )
 def test_the_contract_notices(cls, clause):

@@ -19,7 +19,8 @@ from snnbench.methods.base import Method
 from snnbench.models.layer import Layer, Network, Run
 from snnbench.neurons import LIF
 
-T, B, K, TOLERANCE = 4, 6, 3, 1e-10
+T, B, K = 4, 6, 3
+DTYPE, TOLERANCE = torch.float64, 1e-10
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def check(make: Callable[[dict[str, Any]], Method], limit: dict[str, Any]) -> li
         evaluation_knows_no_method,
         batch_order_does_not_matter,
         same_seed_same_gradient,
+        gradients_follow_the_scale_of_the_loss,
     )
     checks = []
     for clause in clauses:
@@ -162,7 +164,7 @@ def batch_order_does_not_matter(make: Any, limit: dict[str, Any]) -> str:
         one = _gradients(make({}), net, x_TB, y_B)
         two = _gradients(make({}), net, x_TB[:, order], y_B[order])
         worst = max(worst, *(float((one[k] - two[k]).abs().max()) for k in one))
-    _must(worst <= 1e-9, f"the largest difference is {worst:.1e}")
+    _must(worst <= 10 * TOLERANCE, f"the largest difference is {worst:.1e}")
     return f"largest difference {worst:.1e}"
 
 
@@ -174,32 +176,51 @@ def same_seed_same_gradient(make: Any, limit: dict[str, Any]) -> str:
     return "bit-equal gradients"
 
 
+def gradients_follow_the_scale_of_the_loss(make: Any, limit: dict[str, Any]) -> str:
+    """With `amplify` the gradients grow by its factor and the loss does not: fp16 needs that."""
+    for net, (x_TB, y_B) in _cases():
+        plain, scaled = make({}), make({})
+        scaled.amplify = lambda loss: 1024 * loss
+        one, two = (_gradients(m, net, x_TB, y_B, auxiliary=True) for m in (plain, scaled))
+        worst = max(float((two[k] / 1024 - one[k]).abs().max()) for k in one)
+        _must(worst <= TOLERANCE, f"they differ by {worst:.1e}; send back self.amplify(loss)")
+        losses = [_loss(m, net, x_TB, y_B) for m in (plain, scaled)]
+        _must(losses[0] == losses[1], "the loss that is handed back is scaled too")
+    return "factor 1024"
+
+
+def _loss(method: Method, net: TinyNet, x_TB: Tensor, y_B: Tensor) -> float:
+    net = copy.deepcopy(net)
+    _prepare(method, net)
+    return float(method.backward(net, x_TB, y_B, 0.5))
+
+
 def _cases(steps: int = T) -> Iterator[tuple[TinyNet, tuple[Tensor, Tensor]]]:
     """Both joins, each with an input that is static and one that varies in time."""
     for join, static in itertools.product(("current", "spike"), (True, False)):
         torch.manual_seed(3)
-        net = TinyNet(join).double().train()
-        x_TB = torch.randn(1 if static else steps, B, 2, 6, 6, dtype=torch.float64)
+        net = TinyNet(join).to(DTYPE).train()
+        x_TB = torch.randn(1 if static else steps, B, 2, 6, 6, dtype=DTYPE)
         yield net, (x_TB.expand(steps, -1, -1, -1, -1), torch.arange(B) % K)
 
 
 def _gradients(
     method: Method, net: TinyNet, x_TB: Tensor, y_B: Tensor, auxiliary: bool = False
-) -> dict[str, Tensor]:
-    """Gradients by parameter name, computed on a copy of the network."""
+) -> dict[str, Any]:
+    """Gradients by parameter name, computed on a copy of the network; None where there is none."""
     net = copy.deepcopy(net)
     extra = _prepare(method, net)
     modules = nn.ModuleDict({"net": net})
     if extra is not None and auxiliary:
         modules["auxiliary"] = extra
     method.backward(net, x_TB, y_B, 0.5)
-    return {name: p.grad for name, p in modules.named_parameters()}  # type: ignore[misc]
+    return {name: p.grad for name, p in modules.named_parameters()}
 
 
 def _prepare(method: Method, net: TinyNet) -> nn.Module | None:
     torch.manual_seed(4)
     extra = method.prepare(net)
-    return None if extra is None else extra.double()
+    return None if extra is None else extra.to(DTYPE)
 
 
 def _graphs(values: dict[str, Any]) -> list[str]:
