@@ -67,7 +67,7 @@ def test_a_guest_is_listed_with_its_distribution(demo, tmp_path):
 def test_a_guest_proves_that_it_keeps_the_contract(demo, tmp_path):
     done = snnbench("check", "last_step", cwd=tmp_path, site=demo)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pass") == 7
+    assert done.stdout.count("pass") == 8
 
 
 def test_a_guest_runs_beside_and_composed_with_our_own(demo, tmp_path):
