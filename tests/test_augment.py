@@ -11,11 +11,19 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Interpolation
 from torchvision.transforms.autoaugment import _apply_op
 
 from snnbench.data import augment
-from snnbench.data.augment import autoaugment, crop, cutout, flip, pipeline
+from snnbench.data.augment import autoaugment, crop, cutout, flip, pipeline, randaugment, roll
 
 NAMES = get_args(augment.Name)
-STEPS: list[Callable[..., Tensor]] = [crop, flip, autoaugment, cutout, pipeline(NAMES)]
-steps = pytest.mark.parametrize("step", STEPS, ids=[*NAMES, "all"])
+STEPS: list[Callable[..., Tensor]] = [
+    crop,
+    flip,
+    autoaugment,
+    randaugment,
+    cutout,
+    roll,
+    pipeline(NAMES),
+]
+steps = pytest.mark.parametrize("step", STEPS, ids=[*NAMES, "roll", "all"])
 quick = settings(derandomize=True, max_examples=15, deadline=None)
 
 
@@ -190,5 +198,5 @@ def test_the_pipeline_keeps_the_order() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'mixup'.*crop, flip, autoaugment, cutout"):
-        pipeline(["crop", "mixup"])
+    with pytest.raises(ValueError, match=r"'blur'.*crop, flip, autoaugment, randaugment"):
+        pipeline(["crop", "blur"])

@@ -1,13 +1,17 @@
-"""What a dataset hands to training: three splits in memory, their hash, and how to encode them.
+"""What a dataset hands to training: three splits, their hash, and how to encode them.
 
-Shapes: N samples, B batch, T timesteps, C H W channels, height, width.  Images are kept as uint8;
-normalisation to float happens per batch on the device.
+Shapes: N samples, B batch, T timesteps, C H W channels, height, width, F features, K classes.
+Images are kept as uint8 [N, C, H, W].  Samples that vary over time are kept as uint8
+[N, T, C, H, W], or [N, T, F] in one dimension, and their T is fixed when they are prepared.
+Normalisation to float happens per batch on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,14 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from snnbench.errors import DataError
 from snnbench.spec import digest
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+Mix = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+Progress = Callable[[str, int, int | None], None]  # what, done so far, in all where that is known
+
+CHUNK_BYTES = 2**28  # worked on at a time, so that long recordings do not fill the memory
 
 
 @dataclass
 class Split:
-    """Samples x uint8 [N, C, H, W] and labels y int64 [N]."""
+    """Samples x uint8 [N, C, H, W], or [N, T, ...] over time, and labels y int64 [N]."""
 
     x: Tensor
     y: Tensor
@@ -33,6 +42,30 @@ class Split:
     def to(self, device: torch.device) -> Split:
         """The split on a device."""
         return Split(self.x.to(device), self.y.to(device))
+
+    def content_hashes(self) -> list[str]:
+        """SHA-256 of every sample's bytes."""
+        return [digest(self.x[i].contiguous().cpu().numpy().tobytes()) for i in range(len(self))]
+
+    def batches(
+        self,
+        order: Tensor,
+        batch: int,
+        augment: Augment | None,
+        generator: torch.Generator,
+        chunk: int,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Full batches in that order, augmented; what remains of the order is left out.
+
+        About `chunk` samples are augmented at a time: each operation of a policy then runs once for
+        all the samples that drew it.
+        """
+        order = order[: len(order) // batch * batch].to(self.y.device)
+        at_once = min(chunk, CHUNK_BYTES // max(1, prod(self.x.shape[1:])))
+        for index in order.split(max(1, at_once // batch) * batch):
+            x, y = self.x[index], self.y[index]
+            x = x if augment is None else augment(x, generator)
+            yield from zip(x.split(batch), y.split(batch), strict=True)
 
 
 @dataclass
@@ -47,23 +80,109 @@ class Data:
     std: tuple[float, ...]
     verified: bool = False  # byte for byte the official copy, as far as checksums tell
     augment: Augment | None = None
-    data_hash: str = field(init=False)
+    mix: Mix | None = None  # of a batch's samples and labels, after augmentation
+    T: int | None = None  # timesteps that the samples were prepared with; None for images
+    scale: float = 255.0  # the uint8 value that is 1.0 before normalisation
+    packed: tuple[int, ...] | None = None  # one timestep's shape where x holds one bit a pixel
+    split_hash: str = ""  # of the indices of the three splits
+    data_hash: str = ""  # of all samples and labels; computed where it is not given
 
     def __post_init__(self) -> None:
-        parts = [p for s in (self.train, self.val, self.test) for p in (s.x, s.y)]
-        self.data_hash = digest(*(p.contiguous().numpy().tobytes() for p in parts))
+        self.data_hash = self.data_hash or hash_splits(self.train, self.val, self.test)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample at one timestep, (C, H, W)."""
-        return tuple(self.train.x.shape[1:])
+        """Shape of one sample at one timestep, (C, H, W) or (F,)."""
+        if self.packed is not None:
+            return self.packed
+        return tuple(self.train.x.shape[1 if self.T is None else 2 :])
 
     def encode(self, x_B: Tensor, T: int) -> Tensor:
-        """Direct encoding: the normalised image at every timestep, float [T, B, C, H, W]."""
-        mean = torch.tensor(self.mean, device=x_B.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=x_B.device).view(-1, 1, 1)
-        x_B = (x_B.float() / 255 - mean) / std
-        return x_B.expand(T, *x_B.shape)
+        """Normalised input, float [T, B, ...].
+
+        An image stands still: the same at every timestep, [T, B, C, H, W] (direct encoding). Frames
+        of a recording follow one another, contiguous in that order. Raises DataError where they
+        were prepared with another T.
+        """
+        if self.T is None:
+            x_B = self._normalise(x_B)
+            return x_B.expand(T, *x_B.shape)
+        if self.T != T:
+            raise DataError(
+                f"this data was prepared with T = {self.T} and cannot be run with T = {T}; set "
+                f"data.T = {T}, or axes.T = [{self.T}]"
+            )
+        if self.packed is not None and x_B.shape[2:] != self.packed:
+            x_B = unpack_bits(x_B, self.packed)
+        # Turned round while it is one byte a pixel: a layer then flattens [T, B] without a copy.
+        return self._normalise(x_B.transpose(0, 1).contiguous())
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        places = (-1, *[1] * (len(self.shape) - 1))
+        mean = torch.tensor(self.mean, device=x.device).view(places)
+        std = torch.tensor(self.std, device=x.device).view(places)
+        normalised: Tensor = (x.float() / self.scale - mean) / std
+        return normalised
+
+    def report(self) -> dict[str, Any]:
+        """The split's hash, its counts per class, and samples that two splits share, as data."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        hashes = {name: split.content_hashes() for name, split in splits.items()}
+        return {
+            "split_hash": self.split_hash,
+            "data_hash": self.data_hash,
+            "verified": self.verified,
+            "samples": {name: len(split) for name, split in splits.items()},
+            "per_class": {
+                name: split.y.bincount(minlength=self.classes).tolist()
+                for name, split in splits.items()
+            },
+            "shared_samples": {
+                f"{a}/{b}": sum(h in set_a for h in hashes[b])
+                for a, b in (("train", "val"), ("train", "test"), ("val", "test"))
+                for set_a in [set(hashes[a])]
+            },
+        }
+
+
+def hash_splits(*splits: Split) -> str:
+    """SHA-256 of all samples and labels, in order."""
+    h = hashlib.sha256()
+    for part in (p for s in splits for p in (s.x, s.y)):
+        # A piece at a time: a memory-mapped split need not fit into memory.
+        for piece in part.split(max(1, CHUNK_BYTES // max(1, prod(part.shape[1:])))):
+            h.update(piece.contiguous().cpu().numpy().tobytes())
+    return h.hexdigest()
+
+
+def unpack_bits(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The zeros and ones, uint8 [N, T, *shape], of frames packed by `numpy.packbits`."""
+    shift = torch.arange(7, -1, -1, dtype=torch.uint8, device=x.device)
+    bits: Tensor = (x.unsqueeze(-1) >> shift) & 1
+    frames: Tensor = bits.flatten(2)[..., : prod(shape)].unflatten(-1, tuple(shape))
+    return frames
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a list of datasets says of one; `source` is the citation."""
+
+    kind: str  # images, events, or simulated events
+    classes: int
+    # Samples of train, validation and test; 0 where the split is made here, of what is there.
+    sizes: tuple[int, int, int]
+    shape: str  # of a sample as it is published, as 3x32x32
+    licence: str
+    home: str = ""  # folder or files below the data root
+    manual: str = ""  # what to do by hand where it cannot be fetched
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a copy of a dataset is: one line for each thing looked at."""
+
+    verified: bool
+    lines: Sequence[str]
 
 
 class Dataset:
@@ -74,9 +193,11 @@ class Dataset:
         """Options, validated from the suite's [data] table."""
 
     source: ClassVar[str]
+    info: ClassVar[Info | None] = None
 
     def __init__(self, config: Any = None) -> None:
         self.config: Any = self.Config() if config is None else config
+        self.progress: Progress | None = None  # told of downloads and preparation
 
     def load(self, root: Path, allow_unverified: bool) -> Data:
         """Read it; raises DataError if it is missing, damaged or not what it claims to be."""
@@ -85,6 +206,23 @@ class Dataset:
     def fetch(self, root: Path) -> str:
         """Download it where that is needed; says where it is."""
         raise NotImplementedError
+
+    def verify(self, root: Path) -> Verdict:
+        """What the copy below `root` is; raises DataError if there is none."""
+        verified = self.load(root, True).verified
+        return Verdict(verified, ["every checksum fits" if verified else "checksums differ"])
+
+    def prepare(self, root: Path, allow_unverified: bool) -> Mapping[str, Any]:
+        """Do ahead what `load` would do once; what was made, as data. Empty if there is nothing."""
+        return {}
+
+    def clean(self, root: Path) -> Sequence[Path]:
+        """Delete what `prepare` made, with any options; what that was."""
+        return []
+
+    def present(self, root: Path) -> bool:
+        """Whether something of it lies below `root`, or nothing is needed."""
+        return self.info is None or (root / self.info.home).exists()
 
 
 def stratified(labels: np.ndarray[Any, Any], salt: str, parts: tuple[float, ...]) -> list[Tensor]:

@@ -9,13 +9,32 @@ from typing import Annotated
 import torch
 from annotated_types import Ge
 from sklearn.datasets import load_digits
+from torch import Tensor
 
-from snnbench.data.base import Data, Dataset, Split, balanced, stratified
+from snnbench.data.base import Data, Dataset, Info, Split, balanced, stratified
+from snnbench.data.splits import hash_indices
 from snnbench.spec import digest
 
 SHA256 = (
     "631cb83de3a2ab62bb6a6377fd0959c2622ce06102218671940106ad649966d0"  # of all images and labels
 )
+
+
+def images() -> tuple[Tensor, Tensor]:
+    """All images, uint8 [1797, 1, 8, 8], grey levels 0..16 stretched to 0..240, and labels."""
+    bunch = load_digits()
+    x = (torch.as_tensor(bunch.images) * 15).to(torch.uint8).unsqueeze(1)
+    return x, torch.as_tensor(bunch.target, dtype=torch.int64)
+
+
+def official(x: Tensor, y: Tensor) -> bool:
+    """Whether images and labels are those known, bit for bit."""
+    return digest(x.numpy().tobytes(), y.numpy().tobytes()) == SHA256
+
+
+def parts(y: Tensor) -> list[Tensor]:
+    """Indices of test, validation and train, fixed for ever."""
+    return stratified(y.numpy(), "digits", (0.2, 0.1))
 
 
 class Digits(Dataset):
@@ -30,12 +49,12 @@ class Digits(Dataset):
 
     source = "Alpaydin & Kaynak 1998, UCI optical recognition of handwritten digits; scikit-learn"
 
+    info = Info("images", 10, (1259, 179, 359), "1x8x8", "BSD-3-Clause, as part of scikit-learn")
+
     def load(self, root: Path, allow_unverified: bool) -> Data:
         """All three splits; grey levels 0..16 are stretched to 0..240."""
-        bunch = load_digits()
-        y = torch.as_tensor(bunch.target, dtype=torch.int64)
-        x = (torch.as_tensor(bunch.images) * 15).to(torch.uint8).unsqueeze(1)
-        test, val, train = stratified(bunch.target, "digits", (0.2, 0.1))
+        x, y = images()
+        test, val, train = parts(y)
         train = train[balanced(y[train].numpy(), "digits-train", self.config.train_limit)]
         test = test[balanced(y[test].numpy(), "digits-test", self.config.test_limit)]
         # Mean and deviation of all training pixels of the full split.
@@ -46,7 +65,8 @@ class Digits(Dataset):
             classes=10,
             mean=(0.287,),
             std=(0.354,),
-            verified=digest(x.numpy().tobytes(), y.numpy().tobytes()) == SHA256,
+            verified=official(x, y),
+            split_hash=hash_indices(train, val, test),
         )
 
     def fetch(self, root: Path) -> str:

@@ -1,29 +1,44 @@
-"""CIFAR-10 and CIFAR-100 through torchvision; the only door to torchvision's datasets.
+"""Images of CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST; the only door to torchvision's datasets.
 
-A copy counts as verified if every file has the MD5 sum that torchvision lists for the official
-archive.  Any other copy is refused unless the user allows it, and its results say so.
+A copy counts as verified if every file has the MD5 sum of the official one.  Any other copy is
+refused unless the user allows it, and its results say so.  Sets of this size are held in memory, on
+the device, and augmented there.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
-from urllib.error import URLError
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
 import torchvision
 from annotated_types import Ge, Gt, Lt
-from torchvision.datasets.utils import check_integrity
+from torch import Tensor
+from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from snnbench.data.augment import Name, pipeline
-from snnbench.data.base import Data, Dataset, Split, balanced, stratified
+from snnbench.data import augment, mix
+from snnbench.data.base import (
+    Data,
+    Dataset,
+    Info,
+    Split,
+    Verdict,
+    balanced,
+)
+from snnbench.data.fetch import Remote, download, extract, md5_of
+from snnbench.data.splits import hash_indices, validation
 from snnbench.errors import DataError
 
+Name: TypeAlias = augment.Name | mix.Name
+Array: TypeAlias = np.ndarray[Any, Any]
+APPROXIMATE = "APPROXIMATE.json"  # beside a copy: its images that are not exact, by file
 
-class Cifar(Dataset):
-    """50,000 train and 10,000 test colour images, 32x32; validation is cut from train."""
+
+class Images(Dataset):
+    """A train and a test set of small images in files of known MD5 sums; validation from train."""
 
     @dataclass(frozen=True)
     class Config:
@@ -37,21 +52,28 @@ class Cifar(Dataset):
         train_limit: Annotated[int, Ge(1)] | None = None
         test_limit: Annotated[int, Ge(1)] | None = None
 
-    source = "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"
     name: ClassVar[str]
     classes: ClassVar[int]
-    official: ClassVar[type[torchvision.datasets.CIFAR10]]
+    info: ClassVar[Info]
     # Mean and deviation of the training pixels.
-    mean: ClassVar[tuple[float, float, float]]
-    std: ClassVar[tuple[float, float, float]]
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
+    archives: ClassVar[tuple[Remote, ...]]
+
+    def listed(self) -> list[tuple[str, str]]:
+        """Every file below `info.home` that is read, with the MD5 sum of the official one."""
+        raise NotImplementedError
+
+    def read(self, root: Path, train: bool) -> tuple[Tensor, Array]:
+        """Images, uint8 [N, C, H, W], and labels."""
+        raise NotImplementedError
 
     def load(self, root: Path, allow_unverified: bool) -> Data:
         """All three splits; raises DataError if the copy is missing, or not the official one."""
         verified = self._verify(root, allow_unverified)
-        train_x, train_y = self._read(root, train=True)
-        test_x, test_y = self._read(root, train=False)
+        (train_x, train_y), (test_x, test_y) = self._read(root, True), self._read(root, False)
         c = self.config
-        val, rest = stratified(train_y, f"{self.name}-val", (c.val_fraction,))
+        val, rest = validation(self.name, train_y, f"{self.name}-val", c.val_fraction)
         rest = rest[balanced(train_y[rest.numpy()], f"{self.name}-train", c.train_limit)]
         if c.train_limit is not None:
             # A tiny study needs no full validation split: keep the proportion.
@@ -59,6 +81,7 @@ class Cifar(Dataset):
             val = val[balanced(train_y[val.numpy()], f"{self.name}-val", limit)]
         test = balanced(test_y, f"{self.name}-test", c.test_limit)
         fill = torch.tensor([round(255 * m) for m in self.mean], dtype=torch.uint8)
+        alone = [name for name in c.augment if name not in ("cutmix", "mixup")]
         return Data(
             _split(train_x, train_y, rest),
             _split(train_x, train_y, val),
@@ -67,55 +90,121 @@ class Cifar(Dataset):
             mean=self.mean,
             std=self.std,
             verified=verified,
-            augment=pipeline(c.augment, fill=fill) if c.augment else None,
+            augment=augment.pipeline(alone, fill=fill) if alone else None,
+            mix=mix.mixing(c.augment, self.classes),
+            split_hash=hash_indices(rest, val, test),
         )
 
     def fetch(self, root: Path) -> str:
-        """Download the official archive through torchvision; raises DataError if that fails."""
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            self.official(root, train=True, download=True)
-        except (URLError, OSError, RuntimeError) as error:
-            raise DataError(f"{self.name}: cannot be downloaded to {root}: {error}") from error
-        return f"{self.name} is in {root / self.official.base_folder}"
+        """Download the official archives and unpack them; raises DataError if that fails."""
+        home = root / self.info.home
+        if not self._odd(root):
+            return f"{self.name} is in {home}"
+        # CIFAR's archive holds its folder; those of MNIST are single files.
+        into = home if len(self.archives) > 1 else root
+        for remote in self.archives:
+            extract(download(remote, into, self.progress), into)
+        odd = self._odd(root)
+        if odd:
+            raise DataError(f"{home / odd[0]} is not the official file even after unpacking")
+        return f"{self.name} is in {home}"
 
-    def _verify(self, root: Path, allow_unverified: bool) -> bool:
-        folder = root / self.official.base_folder
-        listed = [*self.official.train_list, *self.official.test_list]
-        missing = [name for name, _ in listed if not (folder / name).is_file()]
+    def verify(self, root: Path) -> Verdict:
+        """Every file against its official MD5 sum; raises DataError if one is missing."""
+        self._present(root)
+        home, lines, odd = root / self.info.home, [], self._odd(root)
+        for name, md5 in self.listed():
+            if name not in odd:
+                lines.append(f"{home / name}: the official file, MD5 {md5}")
+            else:
+                found = md5_of(home / name)
+                lines.append(f"{home / name}: not the official file, MD5 {found}, not {md5}")
+        if odd:
+            lines += _confessed(home)
+            kind = f"{len(odd)} of {len(self.listed())} files are not the official bytes"
+            lines.append(f"{self.name}: {kind}; a run needs --allow-unverified-data")
+        else:
+            lines.append(f"{self.name}: all {len(self.listed())} files are the official bytes")
+        return Verdict(not odd, lines)
+
+    def _present(self, root: Path) -> None:
+        home = root / self.info.home
+        missing = [name for name, _ in self.listed() if not (home / name).is_file()]
         if missing:
             raise DataError(
-                f"{self.name}: {folder / missing[0]} is missing; get the data with "
+                f"{self.name}: {home / missing[0]} is missing; get the data with "
                 f"`snnbench data fetch {self.name}`, or name the folder that holds "
-                f"{self.official.base_folder}/ with --data-root or SNNBENCH_DATA"
+                f"{Path(self.info.home).parts[0]}/ with --data-root or SNNBENCH_DATA"
             )
-        odd = [name for name, md5 in listed if not check_integrity(str(folder / name), md5)]
+
+    def _odd(self, root: Path) -> list[str]:
+        """Files that are missing or not the official ones."""
+        home = root / self.info.home
+        return [
+            name
+            for name, md5 in self.listed()
+            if not (home / name).is_file() or md5_of(home / name) != md5
+        ]
+
+    def _verify(self, root: Path, allow_unverified: bool) -> bool:
+        self._present(root)
+        odd = self._odd(root)
         if odd and not allow_unverified:
             raise DataError(
-                f"{self.name}: {folder / odd[0]} is not the official file (its MD5 sum differs, "
-                f"{len(odd)} of {len(listed)} files); use the official copy, or, if you trust this "
-                "one, --allow-unverified-data"
+                f"{self.name}: {root / self.info.home / odd[0]} is not the official file (its MD5 "
+                f"sum differs, {len(odd)} of {len(self.listed())} files); use the official copy, "
+                "or, if you trust this one, --allow-unverified-data"
             )
         return not odd
 
-    def _read(self, root: Path, train: bool) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _read(self, root: Path, train: bool) -> tuple[Tensor, Array]:
+        try:
+            return self.read(root, train)
+        except Exception as error:
+            raise DataError(f"{self.name}: the copy in {root} cannot be read: {error}") from error
+
+
+def _confessed(home: Path) -> list[str]:
+    """What a copy says of itself in APPROXIMATE.json: images that are not exact, by file."""
+    path = home / APPROXIMATE
+    if not path.is_file():
+        return []
+    try:
+        listed = {str(k): len(v) for k, v in json.loads(path.read_text("utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return [f"{path}: cannot be read: {error}"]
+    counts = ", ".join(f"{name} {n}" for name, n in listed.items())
+    return [f"{path}: by its own account {sum(listed.values())} images are approximate ({counts})"]
+
+
+def _split(x: Tensor, y: Array, index: Tensor) -> Split:
+    """The chosen images and their labels."""
+    return Split(x[index].contiguous(), torch.from_numpy(y[index.numpy()]).long())
+
+
+class Cifar(Images):
+    """50,000 train and 10,000 test colour images, 32x32; validation is cut from train."""
+
+    source = "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"
+    official: ClassVar[type[torchvision.datasets.CIFAR10]]
+
+    def listed(self) -> list[tuple[str, str]]:
+        """The batch files, with the MD5 sums that torchvision lists."""
+        return [(n, m) for n, m in (*self.official.train_list, *self.official.test_list)]
+
+    def read(self, root: Path, train: bool) -> tuple[Tensor, Array]:
+        """Images by torchvision's reader, and labels."""
         # Checked by us a moment ago, and with a clearer message; nobody needs the classes' names.
         reader = type(
             self.name,
             (self.official,),
             {"_check_integrity": lambda _: True, "_load_meta": lambda _: None},
         )
-        try:
-            read = reader(root, train=train)
-            return read.data, np.asarray(read.targets)
-        except Exception as error:
-            raise DataError(f"{self.name}: the copy in {root} cannot be read: {error}") from error
+        read = reader(root, train=train)
+        return torch.from_numpy(read.data).permute(0, 3, 1, 2), np.asarray(read.targets)
 
 
-def _split(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], index: torch.Tensor) -> Split:
-    """The chosen images as [N, C, H, W] and their labels."""
-    images = torch.from_numpy(x[index.numpy()]).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.from_numpy(y[index.numpy()]).long())
+CIFAR_LICENCE = "none stated; the authors ask for the citation"
 
 
 class CIFAR10(Cifar):
@@ -124,6 +213,10 @@ class CIFAR10(Cifar):
     name = "cifar10"
     classes = 10
     official = torchvision.datasets.CIFAR10
+    info = Info(
+        "images", 10, (45_000, 5_000, 10_000), "3x32x32", CIFAR_LICENCE, "cifar-10-batches-py"
+    )
+    archives = (Remote(official.filename, official.tgz_md5, (official.url,), 170_498_071),)
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2470, 0.2435, 0.2616)
 
@@ -134,5 +227,96 @@ class CIFAR100(Cifar):
     name = "cifar100"
     classes = 100
     official = torchvision.datasets.CIFAR100
+    info = Info(
+        "images", 100, (45_000, 5_000, 10_000), "3x32x32", CIFAR_LICENCE, "cifar-100-python"
+    )
+    archives = (Remote(official.filename, official.tgz_md5, (official.url,), 169_001_437),)
     mean = (0.5071, 0.4865, 0.4409)
     std = (0.2673, 0.2564, 0.2762)
+
+
+class Idx(Images):
+    """60,000 train and 10,000 test grey images, 28x28, in IDX files; validation from train."""
+
+    source = "the IDX file format of LeCun, Cortes, Burges"
+    md5s: ClassVar[tuple[str, str, str, str]]  # in the order of FILES
+
+    FILES = (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    )
+
+    def listed(self) -> list[tuple[str, str]]:
+        """The four unpacked files."""
+        return list(zip(self.FILES, self.md5s, strict=True))
+
+    def read(self, root: Path, train: bool) -> tuple[Tensor, Array]:
+        """Images and labels by torchvision's readers."""
+        images, labels = self.FILES[:2] if train else self.FILES[2:]
+        home = root / self.info.home
+        x, y = read_image_file(str(home / images)), read_label_file(str(home / labels))
+        if len(x) != len(y):
+            raise ValueError(f"{len(x)} images and {len(y)} labels")
+        return x.unsqueeze(1), y.numpy()
+
+
+def _gz(mirrors: tuple[str, ...], sums: list[tuple[str, str]], sizes: tuple[int, ...]) -> Any:
+    return tuple(
+        Remote(name, md5, tuple(m + name for m in mirrors), size)
+        for (name, md5), size in zip(sums, sizes, strict=True)
+    )
+
+
+class MNIST(Idx):
+    """60,000 + 10,000 handwritten digits, 28x28; 6,000 of train are validation."""
+
+    @dataclass(frozen=True)
+    class Config(Images.Config):
+        """As for other images; no augmentation by default, since digits are not symmetric."""
+
+        augment: tuple[Name, ...] = ()
+
+    source = "LeCun, Bottou, Bengio, Haffner 1998, Gradient-Based Learning, Proc. IEEE 86(11)"
+    name = "mnist"
+    classes = 10
+    info = Info("images", 10, (54_000, 6_000, 10_000), "1x28x28", "CC BY-SA 3.0", "MNIST/raw")
+    archives = _gz(
+        tuple(torchvision.datasets.MNIST.mirrors),
+        torchvision.datasets.MNIST.resources,
+        (9_912_422, 28_881, 1_648_877, 4_542),
+    )
+    md5s = (
+        "6bbc9ace898e44ae57da46a324031adb",
+        "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea",
+        "27ae3e4e09519cfbb04c329615203637",
+    )
+    mean = (0.1307,)
+    std = (0.3081,)
+
+
+class FashionMNIST(Idx):
+    """60,000 + 10,000 grey images of clothes, 28x28; 6,000 of train are validation."""
+
+    source = "Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747"
+    name = "fashion-mnist"
+    classes = 10
+    info = Info("images", 10, (54_000, 6_000, 10_000), "1x28x28", "MIT", "FashionMNIST/raw")
+    archives = _gz(
+        (
+            *torchvision.datasets.FashionMNIST.mirrors,
+            "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+        ),
+        torchvision.datasets.FashionMNIST.resources,
+        (26_421_880, 29_515, 4_422_102, 5_148),
+    )
+    md5s = (
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "9018921c3c673c538a1fc5bad174d6f9",
+        "8181f5470baa50b63fa0f6fddb340f0a",
+        "15d484375f8d13e6eb1aabb0c3f46965",
+    )
+    mean = (0.2860,)
+    std = (0.3530,)

@@ -1,0 +1,237 @@
+"""The prepared store: recordings turned into frames once, then memory-mapped.
+
+A store is a folder `prepared/NAME-KEY` below the data root: one `SPLIT.x.npy` (uint8, a byte or a
+bit a pixel) and one `SPLIT.y.npy` (int64) a split, or shards of whole files, and a `manifest.json`.
+The key is a hash of the recipe: every argument that changes a byte.  The manifest repeats the
+recipe and adds where the samples came from, the hash of the split, checksums of the files, and
+library versions.
+
+A store appears whole or not at all: it is written under another name and renamed.  A lock keeps
+processes that want the same one from making it twice.  A store that does not fit its manifest, or
+whose source has changed, is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from snnbench import __version__
+from snnbench.data.base import Progress, Split
+from snnbench.errors import DataError
+from snnbench.spec import canonical, digest
+
+FORMAT = 1
+KEY_DIGITS = 16
+SPLITS = ("train", "val", "test")
+Array = np.ndarray[Any, np.dtype[Any]]
+Build = Callable[[Path], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split to be written: samples, uint8 and all of one shape, and their labels."""
+
+    samples: Iterable[Array]
+    labels: Array
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store on disk that fits its manifest."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    def split(self, name: str) -> Split:
+        """The split, memory-mapped: changes stay in memory."""
+        x, y = (np.load(self.folder / f"{name}.{part}.npy", mmap_mode="c") for part in "xy")
+        return Split(torch.from_numpy(x), torch.from_numpy(np.array(y)))
+
+
+def key(name: str, recipe: Mapping[str, Any]) -> str:
+    """Name of the store's folder: the dataset, and a hash of all that changes a byte of it."""
+    return f"{name}-{digest(canonical({'format': FORMAT, 'name': name, **recipe}))[:KEY_DIGITS]}"
+
+
+def stores(root: Path, name: str) -> list[Path]:
+    """Folders of the dataset's stores, half-made ones included."""
+    home, exact = root / "prepared", f"{name}-{'?' * KEY_DIGITS}"
+    return [p for kind in (exact, f".{exact}") for p in sorted(home.glob(kind)) if p.is_dir()]
+
+
+def prepared(
+    root: Path,
+    name: str,
+    recipe: Mapping[str, Any],
+    source: str | None,
+    build: Build,
+) -> Store:
+    """The store of that recipe, made by `build` if there is none that fits.
+
+    `source` is a hash of what stands in its splits, or None where that is gone: a store made from
+    something else does not fit.  `build` fills a folder, by `write_splits` or with shards *.bin and
+    an index *.npy, and gives facts for the manifest, that hash among them, as "source".
+    Raises DataError if the folder cannot be written, or the disk is full.
+    """
+    folder = root / "prepared" / key(name, recipe)
+    store = _open(folder, source)
+    if store is not None:
+        return store
+    with _writing(folder), _lock(folder):
+        store = _open(folder, source)
+        if store is None:
+            _make(folder, name, recipe, build)
+            store = _open(folder, source)
+    assert store is not None, "a store just made fits its manifest"
+    return store
+
+
+def exists(root: Path, name: str, recipe: Mapping[str, Any]) -> bool:
+    """Whether there is a store of that recipe, fitting or not."""
+    return (root / "prepared" / key(name, recipe) / "manifest.json").is_file()
+
+
+def clean(root: Path, name: str) -> list[Path]:
+    """Delete the dataset's stores; those that were there."""
+    gone = stores(root, name)
+    for folder in gone:
+        with _writing(folder):
+            shutil.rmtree(folder)
+    for lock in (root / "prepared").glob(f".{name}-{'?' * KEY_DIGITS}.lock"):
+        lock.unlink(missing_ok=True)
+    return [p for p in gone if not p.name.startswith(".")]
+
+
+def _open(folder: Path, source: str | None) -> Store | None:
+    """The store if it is whole: every file has the checksum that the manifest gives."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        if manifest["format"] != FORMAT or key(manifest["name"], manifest["recipe"]) != folder.name:
+            return None
+        if source is not None and manifest["source"] != source:
+            return None
+        for file, sha in manifest["sha256"].items():
+            if _sha256(folder / file) != sha:
+                return None
+        for file, size in manifest["bytes"].items():
+            if (folder / file).stat().st_size != size:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return Store(folder, manifest)
+
+
+def _make(folder: Path, name: str, recipe: Mapping[str, Any], build: Build) -> None:
+    """Fill the store under another name, then rename it; nothing is left if that fails."""
+    half = folder.with_name(f".{folder.name}")  # the lock is held: what lies there is dead
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    try:
+        facts = build(half)
+        manifest = {
+            "format": FORMAT,
+            "name": name,
+            "recipe": recipe,
+            **facts,
+            "sha256": {p.name: _sha256(p) for p in sorted(half.glob("*.npy"))},
+            "bytes": {p.name: p.stat().st_size for p in sorted(half.glob("*.bin"))},
+            "versions": {
+                "snnbench": __version__,
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                "torch": torch.__version__,
+            },
+        }
+        (half / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        half.rename(folder)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+
+
+def write_splits(
+    half: Path, parts: Mapping[str, Part], what: str, progress: Progress | None
+) -> dict[str, int]:
+    """Write every split into the folder; how many samples each has."""
+    total, done = sum(len(p.labels) for p in parts.values()), 0
+    for split, part in parts.items():
+        done = _write(half / f"{split}.x.npy", part, done, total, what, progress)
+        np.save(half / f"{split}.y.npy", part.labels.astype(np.int64))
+    return {split: len(part.labels) for split, part in parts.items()}
+
+
+def _write(
+    path: Path, part: Part, done: int, total: int, what: str, progress: Progress | None
+) -> int:
+    """One array of all samples, written as they come; how many samples are done now.
+
+    Written, not mapped: a full disk is then an error, and not the end of the process.
+    """
+    n, shape = len(part.labels), None
+    with path.open("wb") as file:
+        for count, sample in enumerate(part.samples, 1):
+            if shape is None:
+                shape = sample.shape
+                check_room(path, n * sample.nbytes)
+                header = {"descr": "|u1", "fortran_order": False, "shape": (n, *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+            assert sample.dtype == np.uint8
+            assert sample.shape == shape
+            assert count <= n
+            file.write(np.ascontiguousarray(sample).tobytes())
+            if progress is not None:
+                progress(what, done + count, total)
+        assert shape is not None, "no split is empty"
+        assert count == n
+        file.flush()
+        os.fsync(file.fileno())
+    return done + n
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raise OSError where the disk has less room than is needed."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        yield
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say in one line why the folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        why = f"the disk is full: {error.strerror}" if full else f"{error.strerror or error}"
+        raise DataError(
+            f"{folder}: cannot be written: {why}; make room, or name another folder with "
+            "--data-root or SNNBENCH_DATA"
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
