@@ -15,6 +15,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from snnbench import __version__
+from snnbench.cli_data import DataRoot, Json, data_app, data_root_of
+from snnbench.cli_peers import peers
 from snnbench.errors import ExitCode, SnnbenchError, UsageError
 
 app = typer.Typer(
@@ -28,8 +30,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 ok, 1 runs failed, 2 usage, 3 suite, 4 data, 5 results folder, "
     "6 worker, 70 bug, 130 interrupted.",
 )
-data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(peers)
 new_app = typer.Typer(help="Write a skeleton.", no_args_is_help=True)
 app.add_typer(new_app, name="new")
 
@@ -57,10 +59,6 @@ SuiteArgument = Annotated[str, typer.Argument(help="A suite file, or the name of
 Results = Annotated[
     Path, typer.Option("--results", envvar="SNNBENCH_RESULTS", help="Folder of all results.")
 ]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option("--data-root", envvar="SNNBENCH_DATA", help="Folder of the datasets."),
-]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as train.epochs=5."),
@@ -69,7 +67,6 @@ Only = Annotated[
     list[str] | None,
     typer.Option("--only", metavar="KEY=VALUE", help="Only these runs, as method=tet,T=4."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
 
 
 def _version(wanted: bool) -> None:
@@ -125,7 +122,7 @@ def run(
     if not plan.runs:
         raise UsageError(f"--only: no run of '{loaded.name}' fits; `snnbench plan` prints all")
     context = {
-        "data_root": str(_data_root(data_root)),
+        "data_root": str(data_root_of(data_root)),
         "allow_unverified_data": allow_unverified_data,
         "device": _device(device),
     }
@@ -324,15 +321,6 @@ def new_method(
     console.hint(f"pip install -e {made} && snnbench check {name}")
 
 
-@data_app.command()
-def fetch(name: str, data_root: DataRoot = None) -> None:
-    """Download a dataset."""
-    from snnbench import console, registry
-
-    dataset = registry.find("datasets", name).load()
-    console.say(dataset().fetch(_data_root(data_root)))
-
-
 def _same_command() -> str:
     """The command as the user typed it, to be typed again."""
     arguments = [a for a in sys.argv[1:] if a != "--redo"]
@@ -344,12 +332,6 @@ def _next(quiet: bool, command: str) -> None:
         from snnbench import console
 
         console.hint(command)
-
-
-def _data_root(given: Path | None) -> Path:
-    from platformdirs import user_cache_dir
-
-    return given if given is not None else Path(user_cache_dir("snnbench")) / "data"
 
 
 def _device(name: str) -> str:

@@ -26,8 +26,8 @@ FILES = {
 
 # The first pattern that fits counts.
 ROWS = [
-    (0, ["__init__", "errors", "allocator"]),
-    (1, ["spec", "stats", "neurons", "machine"]),
+    (0, ["__init__", "errors", "allocator", "peers"]),
+    (1, ["spec", "stats", "neurons", "machine", "peers.results"]),
     (2, ["registry", "suite", "store", "kernels", "kernels.*"]),
     (2.5, ["models.layer"]),
     (
@@ -42,13 +42,26 @@ ROWS = [
             "measure",
             "measure.*",
             "recipe",
+            "peers.libraries",
         ],
     ),
     (3.5, ["engine"]),
     (4, ["train"]),
-    (5, ["worker", "executors", "executors.*", "tables"]),
-    (6, ["runner", "report", "report.*", "console", "scaffold", "planner"]),
-    (7, ["cli"]),
+    (5, ["worker", "executors", "executors.*", "tables", "peers.tables", "peers.contestants"]),
+    (
+        6,
+        [
+            "runner",
+            "report",
+            "report.*",
+            "console",
+            "scaffold",
+            "planner",
+            "peers.bench",
+            "peers.child",
+        ],
+    ),
+    (7, ["cli", "cli_data", "cli_peers"]),
     (8, ["__main__"]),
 ]
 # Within one row; everything else sideways is an error.
@@ -61,34 +74,54 @@ SIDEWAYS = {
     ("measure.gradients", "methods.base"),
     *((m, "methods.base") for m in FILES if m.startswith("methods.")),
     *((m, "data.base") for m in FILES if m.startswith("data.")),
-    ("data.vision", "data.augment"),
+    ("cli", "cli_data"),
+    ("cli", "cli_peers"),
+    ("cli_peers", "cli_data"),
+    ("kernels.triton", "kernels.triton_code"),
+    *(
+        (f"data.{a}", f"data.{b}")
+        for a, bs in {
+            "bench": "augment vision",
+            "digits": "splits",
+            "events": "augment fetch prepared splits",
+            "folders": "augment fetch mix prepared splits",
+            "imagenet": "fetch folders mix prepared splits",
+            "recordings": "events fetch splits",
+            "simulated": "digits events",
+            "vision": "augment fetch mix splits",
+        }.items()
+        for b in bs.split()
+    ),
     *((m, "report.content") for m in FILES if m.startswith("report.")),
 }
 TORCH_FREE = [
     "errors", "spec", "suite", "registry", "store", "runner", "executors", "executors.*", "tables",
-    "stats", "report", "report.*", "console", "cli", "planner",
+    "stats", "report", "report.*", "console", "cli", "cli_data", "cli_peers", "planner",
+    "peers", "peers.bench", "peers.results", "peers.tables",
 ]  # fmt: skip
 METHOD_SEES = {"neurons", "models.layer", "methods.base"}
 NOT_A_METHOD = {"methods", "methods.base", "methods.contract", "methods.compose"}
 DOORS = {
-    "typer": ["cli"],
+    "typer": ["cli", "cli_data", "cli_peers"],
     "click": ["cli"],
     "rich": ["console"],
     "tomllib": ["suite"],
     "pydantic": ["spec"],
-    "filelock": ["store"],
-    "torchvision": ["data.vision", "data.augment"],
+    "filelock": ["store", "data.fetch", "data.prepared"],
+    "torchvision": ["data.vision", "data.augment", "data.bench", "data.folders", "data.imagenet"],
     "sklearn": ["data.digits"],
-    "pandas": ["tables", "report.*"],
+    "pandas": ["tables", "report.*", "peers.tables"],
     "scipy": ["stats", "measure.*"],
-    "platformdirs": ["planner", "cli", "kernels.native"],
+    "platformdirs": ["planner", "cli_data", "kernels.native"],
     "submitit": ["executors.slurm"],
-    "tonic": ["data.events"],
+    "tonic": ["data.events", "data.recordings"],
+    "h5py": ["data.recordings"],
     "matplotlib": ["report.plots"],
     "multiprocessing": ["executors.local"],
-    "subprocess": ["kernels.native"],
+    "subprocess": ["kernels.native", "peers.bench"],
+    "triton": ["kernels.triton_code", "kernels.triton"],
 }
-LINES, METHOD_LINES = 425, 220
+LINES, METHOD_LINES = 425, 240
 
 
 def fits(module: str, patterns: list[str]) -> bool:

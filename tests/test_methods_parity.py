@@ -13,8 +13,8 @@ from numpy import ndarray as Array
 from torch import Tensor, nn
 
 from snnbench import registry
-from snnbench.methods.base import Method
 from snnbench.kernels.reference import Reference
+from snnbench.methods.base import Method
 from snnbench.methods.bptt import BPTT
 from snnbench.methods.grad_scale import GradScale, gradient_scale
 from snnbench.methods.ottt import OTTT

@@ -1,0 +1,52 @@
+"""The command `snnbench peers`: parse, call one function, render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from snnbench.cli_data import Json
+from snnbench.errors import ExitCode
+
+
+def peers(
+    net: Annotated[
+        list[str] | None, typer.Option("--net", help="vgg11, resnet18 or digits; default: all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds, forwards and backwards in turn.")] = 7,
+    steps: Annotated[int, typer.Option(help="Training steps of one turn, at least.")] = 3,
+    T: Annotated[int, typer.Option("--T", help="Timesteps.")] = 4,
+    batch: Annotated[int | None, typer.Option(help="Batch size; default: the network's.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Contestants, as ours:auto+cl+ma,norse:step.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the tables and the report.")
+    ] = Path("results/peers"),
+    as_json: Json = False,
+) -> None:
+    """Time the same network in other libraries and in ours, side by side."""
+    from snnbench import console
+    from snnbench.peers import bench, tables
+
+    settings = bench.Settings(
+        nets=tuple(net or bench.NETS), rounds=rounds, steps=steps, T=T, batch=batch,
+        only=tuple(only.split(",")) if only else (), device=device,
+    )  # fmt: skip
+    results = bench.compare(settings, output, console.say)
+    if as_json:
+        console.print_json({"results": [tables.to_json(result) for result in results]})
+    else:
+        for result in results:
+            console.print_data(f"{result.net}: B = {result.B}, T = {result.T}")
+            console.print_table(
+                tables.COLUMNS, tables.cells(result), right=tables.COLUMNS[1:-1], wrap=["note"]
+            )
+            if doubt := tables.warning(result):
+                console.say(f"warning: {doubt}")
+        console.hint(f"read {output / 'report.md'}")
+    if any(row.status == "failed" for result in results for row in result.rows):
+        raise typer.Exit(ExitCode.RUNS_FAILED)

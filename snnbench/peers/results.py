@@ -1,0 +1,245 @@
+"""What was found about the contestants, and what follows from it: ratios, rivals, goals.
+
+A ratio of two contestants is the median of their step times' ratios in each round, with quartiles.
+Every claim is made against the strongest configuration of a rival in the same run; its default
+configuration is the second number.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+FOREIGN = 0.08  # share of the CPU that other processes may use during a slice
+HALF = {"bf16", "fp16"}
+NOT_PLAIN = {*HALF, "tf32", "balanced", "smallest"}
+DEFAULTS = {"spikingjelly": "spikingjelly:multi", "snntorch": "snntorch:step",
+            "norse": "norse:step", "published": "published:rate"}  # fmt: skip
+
+
+class Ratio(NamedTuple):
+    """Median and quartiles over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}–{self.high:.2f}]"
+
+
+@dataclass
+class Row:
+    """One contestant: done, or absent or failed with the reason; None is not measured."""
+
+    name: str
+    status: str = "done"
+    reason: str = ""
+    version: str = ""
+    warmup_s: float | None = None
+    parity: dict[str, Any] | None = None
+    guess_ms: float = 0.0  # of a step, before the rounds
+    round_ms: list[float] = field(default_factory=list)  # median step of each round
+    foreign: list[float] = field(default_factory=list)  # others' share of the CPU in each round
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    saved_per_neuron_step: float | None = None
+    aten_ops: int | None = None
+    kernel_path: str = ""
+
+    def take(self, found: dict[str, Any]) -> None:
+        """Fill in figures by their names."""
+        for key, value in found.items():
+            assert hasattr(self, key), key
+            setattr(self, key, value)
+
+    @property
+    def timed(self) -> bool:
+        """Whether it went through the rounds."""
+        return self.status == "done" and bool(self.round_ms)
+
+    @property
+    def who(self) -> list[str]:
+        """Family, kind and, where it stands in the name, method."""
+        return self.name.partition("+")[0].split(":")
+
+    @property
+    def settings(self) -> set[str]:
+        """What follows the plus signs."""
+        return set(self.name.split("+")[1:])
+
+    @property
+    def plain(self) -> bool:
+        """In fp32, and with no level of memory but speed."""
+        return not self.settings & NOT_PLAIN
+
+    @property
+    def half(self) -> bool:
+        """In half precision, where it can be had."""
+        return bool(self.settings & HALF)
+
+    @property
+    def disturbed(self) -> int:
+        """Rounds in which others used too much of the CPU."""
+        return sum(share > FOREIGN for share in self.foreign)
+
+    @property
+    def differing(self) -> float | None:
+        """Share of the spikes that differ from our reference."""
+        return None if self.parity is None else self.parity["differing"] / self.parity["spikes"]
+
+
+@dataclass
+class Result:
+    """One network and all contestants on it."""
+
+    net: str
+    B: int
+    T: int
+    rounds: int
+    device: str
+    threads: int
+    rows: list[Row]
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def timed(self, *who: str, plain: bool = True) -> list[Row]:
+        """Contestants that went through the rounds, by family, kind and method; in fp32, or not."""
+        fitting = [row for row in self.rows if row.timed and row.who[: len(who)] == list(who)]
+        return [row for row in fitting if row.plain == plain]
+
+    def named(self, who: str) -> Row | None:
+        """The contestant as it is by default, without any setting."""
+        return next((row for row in self.rows if row.timed and row.name == who), None)
+
+    @property
+    def floor(self) -> Row | None:
+        """The ANN on T * B images, tuned."""
+        return _tuned(self.timed("floor", "ann"))
+
+    @property
+    def ours(self) -> Row | None:
+        """What our users get; else the fastest of ours, by BPTT in fp32."""
+        own = [row for row in self.timed("ours") if len(row.who) == 2]
+        return _tuned(self.timed("ours", "auto"), own) or _fastest(own)
+
+    @property
+    def rate(self) -> Row | None:
+        """The same by the rate-based method."""
+        own = [row for row in self.timed("ours") if row.who[2:] == ["rate"]]
+        return _tuned(self.timed("ours", "auto", "rate"), own) or _fastest(own)
+
+    @property
+    def half(self) -> Row | None:
+        """Ours by BPTT in half precision."""
+        own = [row for row in self.timed("ours", plain=False) if row.half]
+        return _fastest([row for row in own if len(row.who) == 2])
+
+
+def _tuned(rows: list[Row], among: list[Row] | None = None) -> Row | None:
+    """The one with channels_last and, on a CPU, kept memory; not compiled as a whole."""
+    fitting = [r for r in rows if "cl" in r.settings and "tc" not in r.settings]
+    fitting = [r for r in fitting if among is None or r in among]
+    return max(fitting, key=lambda row: "ma" in row.settings, default=None)
+
+
+def _fastest(rows: list[Row]) -> Row | None:
+    return min(rows, key=lambda row: statistics.median(row.round_ms), default=None)
+
+
+def ratio(a: Row, b: Row) -> Ratio:
+    """Step time of a over that of b within each round."""
+    return quartiles([x / y for x, y in zip(a.round_ms, b.round_ms, strict=True)])
+
+
+def quartiles(values: Sequence[float]) -> Ratio:
+    """Median and quartiles of at least one value, interpolated."""
+    if len(values) == 1:
+        return Ratio(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Ratio(median, low, high)
+
+
+class Rival(NamedTuple):
+    """A library against ours: its strongest configuration, and the default as second number."""
+
+    library: str
+    strongest: Row
+    by: Ratio  # its step over ours: above 1, ours is faster
+    default: Row | None
+    default_by: Ratio | None
+
+
+def rivals(result: Result, half: bool = False) -> list[Rival]:
+    """Every rival that was timed beside ours, by its strongest configuration of this run.
+
+    With `half` both are in half precision; the default configuration is in fp32.
+    """
+    found = []
+    for library, usual in DEFAULTS.items():
+        rate = library == "published"
+        ours = result.half if half else result.rate if rate else result.ours
+        rows = [row for row in result.timed(library, plain=not half) if row.half == half]
+        if ours is None or not rows:
+            continue
+        by = {row.name: ratio(row, ours) for row in rows}
+        strongest = min(rows, key=lambda row: by[row.name].median)
+        default = result.named(usual)
+        default_by = None if default is None else ratio(default, ours)
+        found.append(Rival(library, strongest, by[strongest.name], default, default_by))
+    return found
+
+
+class Goal(NamedTuple):
+    """A bound, what was measured, and whether that meets it; None is not measured."""
+
+    id: str
+    what: str
+    at_least: bool
+    bound: float
+    measured: Ratio | float | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the measured value, or the median, keeps the bound."""
+        if self.measured is None:
+            return None
+        value = self.measured.median if isinstance(self.measured, Ratio) else self.measured
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+def goals(result: Result) -> list[Goal]:
+    """The project's goals on a CPU, from the rows; none of them is about GPUs."""
+    if result.device != "cpu":
+        return []
+    ours, rate, half, floor = result.ours, result.rate, result.half, result.floor
+    against = {rival.library: rival for rival in rivals(result)}
+    sj, published = against.get("spikingjelly"), against.get("published")
+    best = "" if sj is None else f" ({sj.strongest.name})"
+
+    def over(a: Row | None, b: Row | None) -> Ratio | None:
+        return None if a is None or b is None else ratio(a, b)
+
+    def saved(row: Row | None) -> float | None:
+        return None if row is None else row.saved_per_neuron_step
+
+    found = [
+        Goal("C1", "step of SpikingJelly as it is by default, over ours", True, 2.0,
+             None if sj is None else sj.default_by),
+        Goal("C2", f"step of SpikingJelly at its strongest{best}, over ours", True, 1.15,
+             None if sj is None else sj.by),
+        Goal("C2", "seconds until ours has done its first step", False, 2.0,
+             None if ours is None else ours.warmup_s),
+        Goal("C3", "our step over that of the ANN on T * B images", False, 1.15, over(ours, floor)),
+        Goal("C4", "our rate-based step over our BPTT step", False, 0.75, over(rate, ours)),
+        Goal("C4", "rate-based step as published, at its strongest, over ours", True, 2.2,
+             None if published is None else published.by),
+        Goal("C5", "bytes saved for each neuron and timestep, fp32", False, 9.0, saved(ours)),
+        Goal("C5", "bytes saved for each neuron and timestep, half", False, 4.6, saved(half)),
+        Goal("C5", "bytes saved for each neuron and timestep, rate-based", False, 3.2, saved(rate)),
+    ]  # fmt: skip
+    if result.net == "vgg11":
+        found.append(Goal("C5", "operations of our step", False, 900.0,
+                          None if ours is None else ours.aten_ops))  # fmt: skip
+    return found
