@@ -36,6 +36,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "mlp": "snnbench.models.mlp:MLP",
         "convnet": "snnbench.models.convnet:ConvNet",
         "vgg11": "snnbench.models.vgg:VGG11",
+        "vgg11_a": "snnbench.models.vgg:VGG11A",
         "vgg13": "snnbench.models.vgg:VGG13",
         "vgg16": "snnbench.models.vgg:VGG16",
         "vggsnn": "snnbench.models.vgg:VGGSNN",

@@ -18,6 +18,7 @@ are fp32 whatever the dtype of y.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,19 +36,11 @@ class Affine:
 
     weight: Tensor  # with the gradient's path to the module's parameters
     bias: Tensor
+    a: Tensor
+    b: Tensor
     mean: Tensor
     rstd: Tensor
     batch_stats: bool
-
-    @property
-    def a(self) -> Tensor:
-        """Scale."""
-        return self.weight * self.rstd
-
-    @property
-    def b(self) -> Tensor:
-        """Shift."""
-        return self.bias - self.a * self.mean
 
 
 @dataclass(frozen=True)
@@ -121,13 +114,13 @@ class Kernel(Reference):
             s, rate, elig, xhat = self.backend.rate_fire(
                 cells(y_TB), a, b, mean, rstd, rest, decay, neuron, T
             )
-            like = y_TB[0]
-            rate, elig = (uncells(m[None], like)[0] for m in (rate, elig))
-            xhat = None if xhat is None else uncells(xhat[None], like)[0]
+            shape = y_TB.shape[1:]
+            rate, elig = (uncells(m[None], shape)[0] for m in (rate, elig))
+            xhat = None if xhat is None else uncells(xhat[None], shape)[0]
             found = Rates(rate, elig, xhat, affine)
         weight, bias = (None, None) if affine is None else (affine.weight, affine.bias)
         rate_B: Tensor = rates.Step.apply(c_B, rest_B, weight, bias, found)
-        out_TB: Tensor = rates.Carry.apply(uncells(s, like), rate_B)
+        out_TB: Tensor = rates.Carry.apply(uncells(s, shape), rate_B)
         self._rates[out_TB] = rate_B
         return out_TB
 
@@ -155,8 +148,11 @@ class Kernel(Reference):
             assert mean is not None
             assert var is not None
             if norm.training and running:
-                update_running(norm, mean, var, T * y_TB[0].numel() // norm.num_features)
-            return Affine(weight, bias, mean, torch.rsqrt(var + norm.eps), batch_stats)
+                update_running(norm, mean, var, T * y_TB.shape[1:].numel() // norm.num_features)
+            rstd = torch.rsqrt(var + norm.eps)
+            a = weight * rstd
+            b = torch.addcmul(bias, a, mean, value=-1)
+            return Affine(weight, bias, a, b, mean, rstd, batch_stats)
 
 
 def update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
@@ -175,23 +171,29 @@ def decay_of(neuron: LIF, device: torch.device) -> Tensor:
     """The decay as a tensor [1]: a learned one is never read by the host."""
     if isinstance(neuron.decay, Tensor):
         return neuron.decay.reshape(1)
-    return torch.full((1,), neuron.decay, device=device)
+    return _constant(neuron.decay, device)
+
+
+@cache
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.full((1,), value, device=device)
 
 
 def cells(x_TB: Tensor) -> Tensor:
     """[T, B, C, H, W] or [T, B, F] as contiguous [T, M, C]; a view if channels are last."""
     if x_TB.dim() == 3:
         return x_TB.contiguous()
-    x = x_TB.movedim(2, -1)
-    return x.contiguous().view(len(x), -1, x.shape[-1])
+    x = x_TB.permute(0, 1, *range(3, x_TB.dim()), 2)
+    x = x if x.is_contiguous() else x.contiguous()
+    return x.view(len(x), -1, x.shape[-1])
 
 
-def uncells(x: Tensor, like_B: Tensor) -> Tensor:
-    """[T, M, C] as [T, *like_B.shape], a view."""
-    if like_B.dim() == 2:
+def uncells(x: Tensor, shape: torch.Size) -> Tensor:
+    """[T, M, C] as [T, *shape], a view; `shape` is [B, C, ...]."""
+    if len(shape) == 2:
         return x
-    B, C, *sites = like_B.shape
-    return x.view(len(x), B, *sites, C).movedim(-1, 2)
+    B, C, *sites = shape
+    return x.view(len(x), B, *sites, C).permute(0, 1, len(shape), *range(2, len(shape)))
 
 
 def _rest(rest_TB: Tensor | None, y_TB: Tensor, T: int) -> Tensor | None:
@@ -224,23 +226,23 @@ class _Fire(torch.autograd.Function):
         y = cells(y_TB)
         rest = _rest(rest_TB, y_TB, T)
         ctx.save_for_backward(y, rest, decay, *constants)
-        ctx.backend, ctx.neuron, ctx.T, ctx.like = backend, neuron, T, y_TB.shape
+        ctx.backend, ctx.neuron, ctx.T, ctx.shape = backend, neuron, T, y_TB.shape[1:]
         ctx.batch_stats = affine is not None and affine.batch_stats
         if rest_TB is not None:
             ctx.rest_dtype, ctx.rest_shape = rest_TB.dtype, rest_TB.shape
         s = backend.fire(y, constants[0], constants[1], rest, decay, neuron, T)
-        return uncells(s, y_TB[0])
+        return uncells(s, y_TB.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         y, rest, decay, a, b, mean, rstd = ctx.saved_tensors
         # A gradient may come in any layout; `cells` brings it into the one of y.
-        g = cells(grads[0].to(y.dtype))
+        g = cells(grads[0])
+        g = g if g.dtype == y.dtype else g.to(y.dtype)
         gy, grest, gweight, gbias, gdecay = ctx.backend.fire_backward(
             g, y, a, b, mean, rstd, rest, decay, ctx.neuron, ctx.T, ctx.batch_stats
         )
-        like = torch.empty(ctx.like[1:], device="meta")
-        gy = uncells(gy, like)
+        gy = uncells(gy, ctx.shape)
         if grest is not None:
-            grest = uncells(grest, like).to(ctx.rest_dtype).sum_to_size(ctx.rest_shape)
+            grest = uncells(grest, ctx.shape).to(ctx.rest_dtype).sum_to_size(ctx.rest_shape)
         return None, None, None, None, gy, gweight, gbias, grest, gdecay

@@ -105,44 +105,24 @@ inline float exp_(float x) {
   return p * scale;
 }
 
-// Surrogate derivative d of `length` membranes before reset; the kinds stand in neurons.py.
-void slopes(const Neuron& n, const float* h, int64_t length, float* d) {
-  const float th = n.v_th, p = n.shape;
-  switch (n.surrogate) {
-    case 0: {  // triangle
-      const float area = p * p;
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) {
-        const float left = p - std::fabs(h[i] - th);
-        d[i] = (left < 0.f ? 0.f : left) / area;
-      }
-      break;
-    }
-    case 1:  // rectangle
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) d[i] = (std::fabs(h[i] - th) < p / 2 ? 1.f : 0.f) / p;
-      break;
-    case 2:  // sigmoid
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) {
-        const float q = 1.f / (1.f + exp_(-p * (h[i] - th)));
-        d[i] = p * q * (1.f - q);
-      }
-      break;
-    case 3:  // atan
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) {
-        const float z = 1.57079632679f * p * (h[i] - th);
-        d[i] = p / 2 / (1.f + z * z);
-      }
-      break;
-    default:  // tanh: 1 - tanh(u)^2 = 4 e / (1 + e)^2 with e = exp(-2 |u|)
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) {
-        const float e = exp_(-2.f * std::fabs(h[i] - th));
-        d[i] = p * 4.f * e / ((1.f + e) * (1.f + e));
-      }
+// Surrogate derivative at u = v_pre - v_th; the kinds stand in native.py.
+template <int KIND>
+inline float slope(float u, float p) {
+  if (KIND == 0) {  // triangle
+    const float left = p - std::fabs(u);
+    return (left < 0.f ? 0.f : left) / (p * p);
   }
+  if (KIND == 1) return (std::fabs(u) < p / 2 ? 1.f : 0.f) / p;  // rectangle
+  if (KIND == 2) {  // sigmoid
+    const float q = 1.f / (1.f + exp_(-p * u));
+    return p * q * (1.f - q);
+  }
+  if (KIND == 3) {  // atan
+    const float z = 1.57079632679f * p * u;
+    return p / 2 / (1.f + z * z);
+  }
+  const float e = exp_(-2.f * std::fabs(u));  // 1 - tanh(u)^2 = 4 e / (1 + e)^2
+  return p * 4.f * e / ((1.f + e) * (1.f + e));
 }
 
 inline float spike(float u, bool strict) {
@@ -155,53 +135,85 @@ struct Input {
   int64_t stride_y, stride;
 };
 
-// v_pre of one segment at one timestep, into `h`; `v` is the membrane after the last reset.
-void charge(const Input& in, const Neuron& n, int64_t t, int64_t offset, int64_t length,
-            const float* a, const float* b, const float* v, float* h) {
-  const float* y = in.y + t * in.stride_y + offset;
-  const float decay = n.decay, gain = n.gain;
-  if (in.rest) {
-    const float* r = in.rest + t * in.stride + offset;
-#pragma omp simd
-    for (int64_t i = 0; i < length; ++i) h[i] = decay * v[i] + gain * (y[i] * a[i] + b[i] + r[i]);
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < length; ++i) h[i] = decay * v[i] + gain * (y[i] * a[i] + b[i]);
-  }
-}
-
-// Spikes s of v_pre `h`, and the membrane v after the reset.
-void reset(const Neuron& n, const float* h, int64_t length, float* s, float* v) {
-  const float th = n.v_th, drop = n.drop;
+// One timestep of a segment: v_pre into `h`, spikes into `s`, the membrane `v` moves on.
+template <bool HARD, bool REST>
+void step_(const Neuron& n, const float* __restrict y, const float* __restrict r,
+           const float* __restrict a, const float* __restrict b, int64_t length,
+           float* __restrict v, float* __restrict h, float* __restrict s) {
+  const float decay = n.decay, gain = n.gain, th = n.v_th, drop = n.drop;
   const bool strict = n.strict;
 #pragma omp simd
-  for (int64_t i = 0; i < length; ++i) s[i] = spike(h[i] - th, strict);
-  if (n.hard) {
-#pragma omp simd
-    for (int64_t i = 0; i < length; ++i) v[i] = h[i] * (1.f - s[i]);
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < length; ++i) v[i] = h[i] - drop * s[i];
+  for (int64_t i = 0; i < length; ++i) {
+    float x = y[i] * a[i] + b[i];
+    if (REST) x = x + r[i];
+    const float v_pre = decay * v[i] + gain * x, f = spike(v_pre - th, strict);
+    h[i] = v_pre;
+    s[i] = f;
+    v[i] = HARD ? v_pre * (1.f - f) : v_pre - drop * f;
   }
 }
 
-// dv / dv_pre of the reset, given spikes s and slopes d.
-void keeps(const Neuron& n, const float* h, const float* s, const float* d, int64_t length,
-           float* keep) {
-  const float drop = n.drop;
-  if (n.hard && n.detach) {
+void step(const Input& in, const Neuron& n, int64_t t, int64_t offset, int64_t length,
+          const float* a, const float* b, float* v, float* h, float* s) {
+  const float* y = in.y + t * in.stride_y + offset;
+  const float* r = in.rest ? in.rest + t * in.stride + offset : nullptr;
+  if (n.hard) r ? step_<true, true>(n, y, r, a, b, length, v, h, s)
+                : step_<true, false>(n, y, r, a, b, length, v, h, s);
+  else r ? step_<false, true>(n, y, r, a, b, length, v, h, s)
+         : step_<false, false>(n, y, r, a, b, length, v, h, s);
+}
+
+// dv / dv_pre of the reset, given a spike f and a slope d.
+template <bool HARD, bool DETACH>
+inline float kept(float v_pre, float f, float d, float drop) {
+  float keep = HARD ? 1.f - f : 1.f;
+  if (!DETACH) keep = keep - (HARD ? v_pre : drop) * d;
+  return keep;
+}
+
+// One timestep back: the gradient gx of the input current, and sums of it and of gx (y - mean).
+template <int KIND, bool HARD, bool DETACH>
+void back_(const Neuron& n, const float* __restrict h, const float* __restrict s,
+           const float* __restrict g, const float* __restrict y, const float* __restrict mu,
+           int64_t length, float* __restrict gv, float* __restrict gx, float* __restrict sum_g,
+           float* __restrict sum_gx) {
+  const float decay = n.decay, gain = n.gain, th = n.v_th, drop = n.drop, p = n.shape;
 #pragma omp simd
-    for (int64_t i = 0; i < length; ++i) keep[i] = 1.f - s[i];
-  } else if (n.hard) {
-#pragma omp simd
-    for (int64_t i = 0; i < length; ++i) keep[i] = 1.f - s[i] - h[i] * d[i];
-  } else if (n.detach) {
-    std::fill(keep, keep + length, 1.f);
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < length; ++i) keep[i] = 1.f - drop * d[i];
+  for (int64_t i = 0; i < length; ++i) {
+    const float d = slope<KIND>(h[i] - th, p);
+    const float now = g[i] * d + gv[i] * kept<HARD, DETACH>(h[i], s[i], d, drop);
+    const float x = gain * now;
+    gv[i] = decay * now;
+    gx[i] = x;
+    sum_g[i] += x;
+    sum_gx[i] += x * (y[i] - mu[i]);
   }
 }
+
+// One timestep of the time-means: rate, eligibility and drive; rho is the sensitivity of v_pre.
+template <int KIND, bool HARD, bool DETACH>
+void means_(const Neuron& n, const float* __restrict h, const float* __restrict s,
+            const float* __restrict y, int64_t length, float* __restrict rho,
+            float* __restrict elig, float* __restrict rate, float* __restrict drive) {
+  const float decay = n.decay, gain = n.gain, th = n.v_th, drop = n.drop, p = n.shape;
+#pragma omp simd
+  for (int64_t i = 0; i < length; ++i) {
+    const float d = slope<KIND>(h[i] - th, p);
+    rate[i] += s[i];
+    drive[i] += y[i];
+    elig[i] += d * rho[i];
+    rho[i] = gain + decay * kept<HARD, DETACH>(h[i], s[i], d, drop) * rho[i];
+  }
+}
+
+// The instance for a neuron: loops know the surrogate and the reset when they are compiled.
+#define PICK(F, n) \
+  ((n).surrogate == 0 ? PICK_RESET(F, 0, n) : (n).surrogate == 1 ? PICK_RESET(F, 1, n) \
+   : (n).surrogate == 2 ? PICK_RESET(F, 2, n) : (n).surrogate == 3 ? PICK_RESET(F, 3, n) \
+                                              : PICK_RESET(F, 4, n))
+#define PICK_RESET(F, KIND, n) \
+  ((n).hard ? ((n).detach ? F<KIND, true, true> : F<KIND, true, false>) \
+            : ((n).detach ? F<KIND, false, true> : F<KIND, false, false>))
 
 void fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C, float* s,
           int64_t threads) {
@@ -214,8 +226,8 @@ void fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C, flo
       w.at(seg, offset, channel, length);
       std::fill(v, v + length, 0.f);
       for (int64_t t = 0; t < T; ++t) {
-        charge(in, n, t, offset, length, &A[channel], &B[channel], v, h);
-        reset(n, h, length, s + t * in.stride + offset, v);
+        step(in, n, t, offset, length, &A[channel], &B[channel], v, h,
+             s + t * in.stride + offset);
       }
     }
   });
@@ -231,65 +243,41 @@ void backward(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C,
   const Walk w(M, C);
   const bool once = in.stride_y == 0 && T > 1, learn = n.learn_decay;
   const auto A = tiled(in.a, w, 1.f), B = tiled(in.b, w, 0.f);
-  const auto mean = tiled(out.mean, w, 0.f), rstd = tiled(out.rstd, w, 1.f);
+  const auto mean = tiled(out.mean, w, 0.f);
   Sums sum_g(threads, w), sum_gx(threads, w), sum_d(threads, w);
   // With a residual the input's gradient has a place of its own; else it waits where gy will stand.
   float* place = in.rest ? out.grest : once ? nullptr : out.gy;
+  const auto back = PICK(back_, n);
   parallel(threads, w.count, [&](int64_t id, int64_t begin, int64_t end) {
     std::vector<float> membranes(T * WIDTH), spikes(T * WIDTH), afters(learn ? T * WIDTH : 0);
-    float v[WIDTH], gv[WIDTH], total[WIDTH], d[WIDTH], keep[WIDTH], gx[WIDTH];
-    float acc_g[WIDTH], acc_gx[WIDTH], acc_d[WIDTH];
+    float v[WIDTH], gv[WIDTH], total[WIDTH], gx[WIDTH], acc_g[WIDTH], acc_gx[WIDTH], acc_d[WIDTH];
     int64_t offset, channel, length;
     for (int64_t seg = begin; seg < end; ++seg) {
       w.at(seg, offset, channel, length);
-      const float *a = &A[channel], *b = &B[channel], *mu = &mean[channel], *rs = &rstd[channel];
+      const float *a = &A[channel], *b = &B[channel], *mu = &mean[channel];
       std::fill(v, v + length, 0.f);
       for (int64_t t = 0; t < T; ++t) {
-        charge(in, n, t, offset, length, a, b, v, &membranes[t * WIDTH]);
-        reset(n, &membranes[t * WIDTH], length, &spikes[t * WIDTH], v);
+        step(in, n, t, offset, length, a, b, v, &membranes[t * WIDTH], &spikes[t * WIDTH]);
         if (learn) std::copy(v, v + length, &afters[t * WIDTH]);
       }
       for (float* zero : {gv, total, acc_g, acc_gx, acc_d}) std::fill(zero, zero + length, 0.f);
       for (int64_t t = T - 1; t >= 0; --t) {
-        const float *h = &membranes[t * WIDTH], *g = out.g + t * in.stride + offset;
         const float* y = in.y + t * in.stride_y + offset;
-        slopes(n, h, length, d);
-        keeps(n, h, &spikes[t * WIDTH], d, length, keep);
+        float* to = place ? place + t * in.stride + offset : gx;
+        back(n, &membranes[t * WIDTH], &spikes[t * WIDTH], out.g + t * in.stride + offset, y, mu,
+             length, gv, to, acc_g, acc_gx);
+        if (once)
+          for (int64_t i = 0; i < length; ++i) total[i] += to[i];
         if (learn) {
           const float* r = in.rest ? in.rest + t * in.stride + offset : nullptr;
           for (int64_t i = 0; i < length; ++i) {
             const float held = t > 0 ? afters[(t - 1) * WIDTH + i] : 0.f;
             const float x = n.decay_input ? y[i] * a[i] + b[i] + (r ? r[i] : 0.f) : 0.f;
-            acc_d[i] += (g[i] * d[i] + gv[i] * keep[i]) * (held + x);
-          }
-        }
-#pragma omp simd
-        for (int64_t i = 0; i < length; ++i) {
-          const float now = g[i] * d[i] + gv[i] * keep[i];
-          gv[i] = n.decay * now;
-          gx[i] = n.gain * now;
-        }
-        if (place) std::copy(gx, gx + length, place + t * in.stride + offset);
-        if (once) {
-#pragma omp simd
-          for (int64_t i = 0; i < length; ++i) total[i] += gx[i];
-        } else {
-#pragma omp simd
-          for (int64_t i = 0; i < length; ++i) {
-            acc_g[i] += gx[i];
-            acc_gx[i] += gx[i] * ((y[i] - mu[i]) * rs[i]);
+            acc_d[i] += to[i] / n.gain * (held + x);
           }
         }
       }
-      if (once) {
-        const float* y = in.y + offset;
-        std::copy(total, total + length, out.gy + offset);
-#pragma omp simd
-        for (int64_t i = 0; i < length; ++i) {
-          acc_g[i] = total[i];
-          acc_gx[i] = total[i] * ((y[i] - mu[i]) * rs[i]);
-        }
-      }
+      if (once) std::copy(total, total + length, out.gy + offset);
       double *dg = sum_g.of(id) + channel, *dx = sum_gx.of(id) + channel;
 #pragma omp simd
       for (int64_t i = 0; i < length; ++i) {
@@ -308,12 +296,13 @@ void backward(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C,
   if (!in.a) return;
   const auto g = sum_g.folded(), gx = sum_gx.folded();
   const int64_t Ty = once ? 1 : T;
-  std::vector<float> k0(C), k1(C);
+  std::vector<float> k0(C), k1(C);  // gy = a (G - k0 - (y - mean) k1)
   for (int64_t c = 0; c < C; ++c) {
+    const double scaled = gx[c] * out.rstd[c];  // the sum of gx xhat
     out.dbias[c] = static_cast<float>(g[c]);
-    out.dweight[c] = static_cast<float>(gx[c]);
+    out.dweight[c] = static_cast<float>(scaled);
     k0[c] = batch_stats ? static_cast<float>(g[c] / (Ty * M)) : 0.f;
-    k1[c] = batch_stats ? static_cast<float>(gx[c] / (Ty * M)) : 0.f;
+    k1[c] = batch_stats ? static_cast<float>(scaled * out.rstd[c] / (Ty * M)) : 0.f;
   }
   const auto K0 = tiled(k0.data(), w, 0.f), K1 = tiled(k1.data(), w, 0.f);
   const float* from = in.rest && !once ? out.grest : out.gy;
@@ -321,14 +310,14 @@ void backward(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C,
     int64_t offset, channel, length;
     for (int64_t seg = begin; seg < end; ++seg) {
       w.at(seg, offset, channel, length);
-      const float *a = &A[channel], *mu = &mean[channel], *rs = &rstd[channel];
+      const float *a = &A[channel], *mu = &mean[channel];
       const float *p0 = &K0[channel], *p1 = &K1[channel];
       for (int64_t t = 0; t < Ty; ++t) {
         const float *y = in.y + t * in.stride_y + offset, *G = from + t * in.stride + offset;
         float* gy = out.gy + t * in.stride + offset;
 #pragma omp simd
         for (int64_t i = 0; i < length; ++i)
-          gy[i] = a[i] * (G[i] - p0[i] - (y[i] - mu[i]) * rs[i] * p1[i]);
+          gy[i] = a[i] * (G[i] - p0[i] - (y[i] - mu[i]) * p1[i]);
       }
     }
   });
@@ -345,28 +334,18 @@ void rate_fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C
   const auto A = tiled(in.a, w, 1.f), B = tiled(in.b, w, 0.f);
   const auto mean = tiled(out.mean, w, 0.f), rstd = tiled(out.rstd, w, 1.f);
   const float share = 1.f / static_cast<float>(T);
+  const auto means = PICK(means_, n);
   parallel(threads, w.count, [&](int64_t, int64_t begin, int64_t end) {
-    float v[WIDTH], h[WIDTH], d[WIDTH], keep[WIDTH];
-    float rho[WIDTH], elig[WIDTH], rate[WIDTH], drive[WIDTH];
+    float v[WIDTH], h[WIDTH], rho[WIDTH], elig[WIDTH], rate[WIDTH], drive[WIDTH];
     int64_t offset, channel, length;
     for (int64_t seg = begin; seg < end; ++seg) {
       w.at(seg, offset, channel, length);
       for (float* zero : {v, elig, rate, drive}) std::fill(zero, zero + length, 0.f);
       std::fill(rho, rho + length, n.gain);
       for (int64_t t = 0; t < T; ++t) {
-        const float* y = in.y + t * in.stride_y + offset;
         float* s = out.s + t * in.stride + offset;
-        charge(in, n, t, offset, length, &A[channel], &B[channel], v, h);
-        reset(n, h, length, s, v);
-        slopes(n, h, length, d);
-        keeps(n, h, s, d, length, keep);
-#pragma omp simd
-        for (int64_t i = 0; i < length; ++i) {
-          rate[i] += s[i];
-          drive[i] += y[i];
-          elig[i] += d[i] * rho[i];
-          rho[i] = n.gain + n.decay * keep[i] * rho[i];
-        }
+        step(in, n, t, offset, length, &A[channel], &B[channel], v, h, s);
+        means(n, h, s, in.y + t * in.stride_y + offset, length, rho, elig, rate, drive);
       }
       const float *mu = &mean[channel], *rs = &rstd[channel];
 #pragma omp simd

@@ -97,7 +97,7 @@ def build(compiler: str, path: Path) -> None:
 def stats(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel of y [T, M, C], fp32."""
     C = y.shape[-1]
-    mean, var = torch.empty(2, C)
+    mean, var = torch.empty(C), torch.empty(C)
     wide, rows = _wide(y), y.numel() // C
     library().snn_stats(*_pointers(wide), rows, C, *_pointers(mean, var), _threads(y.numel()))
     return mean, var
@@ -139,7 +139,7 @@ def fire_backward(
     M, C = y.shape[1:]
     gy = torch.empty(y.shape)
     grest = None if rest is None else torch.empty(rest.shape)
-    gweight, gbias = (None, None) if a is None else torch.empty(2, C)
+    gweight, gbias = (None, None) if a is None else (torch.empty(C), torch.empty(C))
     gdecay = torch.empty(1) if neuron.learn_decay else None
     inputs = (_wide(g), _wide(y), _wide(rest), a, b, mean, rstd)
     library().snn_backward(
@@ -207,7 +207,7 @@ def _threads(elements: int) -> int:
 
 
 def _struct(neuron: LIF, decay: Tensor) -> Any:
-    value = decay.item()
+    value = decay.item() if neuron.learn_decay else neuron.decay
     shape = [v for k, v in vars(neuron.surrogate).items() if k != "name"]
     flags = (
         neuron.reset == "hard", neuron.detach_reset, neuron.strict,

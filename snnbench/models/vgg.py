@@ -103,6 +103,13 @@ class VGG11(VGG):
     plan = (64, A, 128, 256, A, 512, 512, A, 512, A, 512, 512, G)
 
 
+class VGG11A(VGG):
+    """VGG-11 as first published: maps are halved sooner, so it costs less than half; 9.23 M parameters."""
+
+    source = "Simonyan & Zisserman 2015, arXiv 1409.1556, table 1, configuration A"
+    plan = (64, A, 128, A, 256, 256, A, 512, 512, A, 512, 512, G)
+
+
 class VGG13(VGG):
     """Ten convolutions and a linear read-out; 9.4 M parameters."""
 

@@ -43,7 +43,7 @@ from snnbench.store import publish
 
 COMMAND = (sys.executable, "-m", "snnbench.peers.child")
 NETS: dict[str, dict[str, Any]] = {
-    "vgg11": {"model": "vgg11", "options": {"width": 0.25}, "shape": [3, 32, 32], "B": 32},
+    "vgg11": {"model": "vgg11_a", "options": {"width": 0.25}, "shape": [3, 32, 32], "B": 32},
     "resnet18": {"model": "resnet18", "options": {"width": 0.25}, "shape": [3, 32, 32], "B": 32},
     "digits": {"model": "convnet", "options": {}, "shape": [1, 8, 8], "B": 64},
 }

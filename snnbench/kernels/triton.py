@@ -1,0 +1,416 @@
+"""The CUDA kernel: the fused layer step in Triton, for fp32, fp16 and bf16 arrays.
+
+All arrays are contiguous [T, M, C] (M batch x pixels, C channels, last).  y has Ty timesteps: T, or
+one where the input is the same at all of them; then it is read once and its gradient is the sum of
+theirs.  a, b, mean, rstd are fp32 [C], all given or all None; decay is fp32 [1] on the device.  The
+input current is x = a y + b + rest, or x = y + rest; dweight and dbias are the gradients of
+x = weight xhat + bias with xhat = (y - mean) rstd.  Only y and rest are needed for backward.
+
+All results are deterministic: tiles are chosen by timing only where the results do not depend on
+them.  The operations are torch operators (`snnbench::fire` ...), which torch.compile sees whole.
+With TRITON_INTERPRET=1 in the environment they run on the CPU, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snnbench.neurons import LIF, ATan, Rectangle, Sigmoid, Tanh, Triangle
+
+source = "Triton, one pass forward and one or two backward over all timesteps"
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CAPABILITY = (7, 0)  # of the oldest GPUs that Triton compiles for
+CHANNELS = 64  # of a tile, at most
+CELLS = 8192  # that a program without timesteps works on, tile by tile
+
+Given = Tensor | None
+Form = Sequence[bool]  # hard, detached, strict, decay_input, learn_decay
+Levels = Sequence[float]  # v_th, drop; p and q of the surrogate
+
+
+class Pick(NamedTuple):
+    """How a program is laid out: cells of one thread, warps."""
+
+    cells: int
+    warps: int
+
+
+PICKS = Pick(8, 4), Pick(16, 4), Pick(8, 8)  # the first until all were timed
+LONG = Pick(4, 4)  # backward over many timesteps, whose membranes fill the registers
+STREAM = Pick(16, 4)  # no timesteps, only rows
+
+
+class Tile(NamedTuple):
+    """Rows and channels that a program works on at a time, and its warps."""
+
+    BM: int
+    BC: int
+    warps: int
+
+
+MERGE = Tile(512, 8, 8)
+
+
+# --- the backend ------------------------------------------------------------------------------
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this kernel cannot run on the device; None if it can."""
+    if device.type != "cuda" and not INTERPRETED:
+        return f"the Triton kernel runs on a CUDA device, not on {device.type}"
+    try:
+        _code()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        needed, has = (".".join(map(str, pair)) for pair in (CAPABILITY, found))
+        return f"the Triton kernel needs compute capability {needed}, this device has {has}"
+    return None
+
+
+def stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel of y [Ty, M, C], fp32."""
+    mean, var = torch.ops.snnbench.stats.default(y).unbind()
+    return mean, var
+
+
+def fire(y: Tensor, a: Given, b: Given, rest: Given, decay: Tensor, neuron: LIF, T: int) -> Tensor:
+    """Spikes [T, M, C], in the dtype of y; NaN from where on a membrane is not finite."""
+    s: Tensor = torch.ops.snnbench.fire.default(y, a, b, rest, decay, T, *_constants(neuron))
+    return s
+
+
+def fire_backward(
+    g: Tensor, y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given,
+    decay: Tensor, neuron: LIF, T: int, batch_stats: bool,
+) -> tuple[Tensor, Given, Given, Given, Given]:  # fmt: skip
+    """Gradients of y, rest, weight, bias and decay for the spikes' gradient g [T, M, C].
+
+    The gradients of y and rest are in their dtypes, and may be one and the same tensor; those of
+    weight and bias are None without a, that of the decay is None unless it is learned.  With
+    `batch_stats`, mean and rstd depend on y, and its gradient flows through them too.
+    """
+    out = torch.ops.snnbench.fire_backward.default(
+        g, y, a, b, mean, rstd, rest, decay, batch_stats, T, *_constants(neuron)
+    )
+    gy = out[0]
+    grest = None if rest is None else gy if _twins(y, a, rest, T) else out[1]
+    dbias, dweight = (None, None) if a is None else (out[-1][0], out[-1][1])
+    ddecay = out[-1][-1].sum().view(1) if neuron.learn_decay else None
+    return gy, grest, dweight, dbias, ddecay
+
+
+def rate_fire(
+    y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given,
+    decay: Tensor, neuron: LIF, T: int,
+) -> tuple[Tensor, Tensor, Tensor, Given]:  # fmt: skip
+    """Spikes [T, M, C]; their rate, the eligibility and the time-mean of xhat (or None), [M, C].
+
+    Spikes and rate are in the dtype of y, the others fp32.
+    """
+    s, rate, elig, *xhat = torch.ops.snnbench.rate_fire.default(
+        y, a, b, mean, rstd, rest, decay, T, *_constants(neuron)
+    )
+    return s, rate, elig, xhat[0] if xhat else None
+
+
+def _constants(neuron: LIF) -> tuple[list[bool], str, list[float]]:
+    """A neuron without its decay, in plain values: form, surrogate, levels."""
+    hard = neuron.reset == "hard"
+    form = [hard, neuron.detach_reset, neuron.strict, neuron.decay_input, neuron.learn_decay]
+    surrogate, p, q = _surrogate(neuron)
+    return form, surrogate, [neuron.v_th, neuron.drop, p, q]
+
+
+def _surrogate(neuron: LIF) -> tuple[str, float, float]:
+    """The surrogate as the Triton code knows it."""
+    match neuron.surrogate:
+        case Triangle(width=width):
+            return "triangle", width, width**-2
+        case Rectangle(width=width):
+            return "rectangle", width / 2, 1 / width
+        case Sigmoid(slope=slope):
+            return "logistic", slope, slope
+        case Tanh(height=height):  # 1 - tanh(u)^2 = 4 q (1 - q), q = sigmoid(2 u)
+            return "logistic", 2.0, 4 * height
+        case ATan(slope=slope):
+            return "atan", math.pi / 2 * slope, slope / 2
+
+
+# --- what the operators return ----------------------------------------------------------------
+
+
+def _new_stats(y: Tensor) -> Tensor:
+    return y.new_empty((2, y.shape[2]), dtype=torch.float32)
+
+
+def _new_spikes(
+    y: Tensor, a: Given, b: Given, rest: Given, decay: Tensor, T: int, *neuron: Any
+) -> Tensor:
+    return y.new_empty((T, *y.shape[1:]))
+
+
+def _new_gradients(
+    g: Tensor, y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given,
+    decay: Tensor, batch_stats: bool, T: int, form: Form, *neuron: Any,
+) -> list[Tensor]:  # fmt: skip
+    """gy; grest unless it is gy; sums [Q, C] of bias and weight if there is a, of a decay."""
+    out = [torch.empty_like(y)]
+    if rest is not None and not _twins(y, a, rest, T):
+        out.append(torch.empty_like(rest))
+    if Q := _sums(a, form):
+        out.append(y.new_empty((Q, y.shape[2]), dtype=torch.float32))
+    return out
+
+
+def _new_rates(
+    y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given, decay: Tensor, T: int,
+    *neuron: Any,
+) -> list[Tensor]:  # fmt: skip
+    """s, rate, elig; xhat if there is a."""
+    cells = y.shape[1:]
+    wide = [y.new_empty(cells, dtype=torch.float32) for _ in range(1 if a is None else 2)]
+    return [y.new_empty((T, *cells)), y.new_empty(cells), *wide]
+
+
+def _twins(y: Tensor, a: Given, rest: Tensor, T: int) -> bool:
+    """Whether y and rest have the same gradient."""
+    return a is None and y.shape[0] == T and rest.dtype == y.dtype
+
+
+def _sums(a: Given, form: Form) -> int:
+    return (0 if a is None else 2) + form[4]
+
+
+# --- the operators ----------------------------------------------------------------------------
+
+
+def _stats(y: Tensor) -> Tensor:
+    assert y.is_contiguous()
+    Ty, M, C = y.shape
+    tile, steps = _stream(C, Ty)
+    rows = tile.BM * steps
+    parts = y.new_empty((2, _blocks(Ty * M, rows), C), dtype=torch.float32)
+    out = _new_stats(y)
+    _launch("moments", tile, (y, parts), (Ty * M, C), STEPS=steps)
+    _launch("merge", MERGE, (parts, out), (Ty * M, C, parts.shape[1]), programs=1, ROWS=rows)
+    return out
+
+
+def _fire(
+    y: Tensor, a: Given, b: Given, rest: Given, decay: Tensor, T: int,
+    form: Form, surrogate: str, levels: Levels,
+) -> Tensor:  # fmt: skip
+    assert _fits(y, T, rest)
+    M, C = y.shape[1:]
+    s = _new_spikes(y, a, b, rest, decay, T)
+    hard, _, strict, decay_input, _ = form
+    _launch_fastest(
+        "fire", (y, a, b, rest, decay, s), (M, C, *levels[:2]),
+        T=T, STEM=len(y) < T, HARD=hard, STRICT=strict, DECAY_INPUT=decay_input,
+    )  # fmt: skip
+    return s
+
+
+def _fire_backward(
+    g: Tensor, y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given,
+    decay: Tensor, batch_stats: bool, T: int, form: Form, surrogate: str, levels: Levels,
+) -> list[Tensor]:  # fmt: skip
+    assert _fits(y, T, rest, g)
+    Ty, M, C = y.shape
+    out = _new_gradients(g, y, a, b, mean, rstd, rest, decay, batch_stats, T, form)
+    gy = out[0]
+    grest = None if rest is None or _twins(y, a, rest, T) else out[1]
+    hard, detached, strict, decay_input, learn_decay = form
+    few = 4 if learn_decay else 8
+    tile = tile_of(C, LONG if few < T else PICKS[0])
+    Q, parts = _sums(a, form), None
+    if Q:
+        parts = y.new_empty((Q, _blocks(M, tile.BM), C), dtype=torch.float32)
+    # The statistics take their part off gy, or off grest, which then stands for gy.
+    centred = a is not None and batch_stats
+    by_rest = centred and rest is not None and Ty == T
+    _launch(
+        "fire_backward", tile,
+        (g, y, a, b, mean, rstd, rest, decay, None if by_rest else gy, grest, parts),
+        (M, C, *levels),
+        T=T, STEM=Ty < T, HARD=hard, DETACHED=detached, STRICT=strict, DECAY_INPUT=decay_input,
+        LEARN_DECAY=learn_decay, SURROGATE=surrogate,
+    )  # fmt: skip
+    if parts is not None:
+        torch.sum(parts, 1, out=out[-1])
+    if centred:
+        tensors = (grest if by_rest else gy, y, a, mean, rstd, out[-1], gy)
+        tile, steps = _stream(C, 1)
+        _launch("recentre", tile, tensors, (Ty * M, C), SCALED=not by_rest, STEPS=steps)
+    return out
+
+
+def _rate_fire(
+    y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given, decay: Tensor, T: int,
+    form: Form, surrogate: str, levels: Levels,
+) -> list[Tensor]:  # fmt: skip
+    assert _fits(y, T, rest)
+    M, C = y.shape[1:]
+    out = _new_rates(y, a, b, mean, rstd, rest, decay, T)
+    s, rate, elig, xhat = out if len(out) == 4 else (*out, None)
+    hard, detached, strict, decay_input, _ = form
+    _launch_fastest(
+        "rate_fire", (y, a, b, mean, rstd, rest, decay, s, rate, elig, xhat), (M, C, *levels),
+        T=T, STEM=len(y) < T, HARD=hard, DETACHED=detached, STRICT=strict,
+        DECAY_INPUT=decay_input, SURROGATE=surrogate,
+    )  # fmt: skip
+    return out
+
+
+def _fits(y: Tensor, T: int, *others: Given) -> bool:
+    """Whether y is [T or 1, M, C], the others [T, M, C], and all contiguous."""
+    whole = (T, *y.shape[1:])
+    fits = len(y) in (1, T) and y.is_contiguous()
+    return fits and all(x is None or (x.shape == whole and x.is_contiguous()) for x in others)
+
+
+# --- tiles and launches -----------------------------------------------------------------------
+
+
+def tile_of(C: int, pick: Pick) -> Tile:
+    """The tile of a pick: a power of two of channels that divides C, if at least 16 do."""
+    BC = min(CHANNELS, 1 << (C - 1).bit_length())
+    while BC > 16 and C % BC:
+        BC //= 2
+    return Tile(32 * pick.warps * pick.cells // BC, BC, pick.warps)
+
+
+def _stream(C: int, T: int) -> tuple[Tile, int]:
+    """Tile, and tiles of a program, for rows of T timesteps.
+
+    It never depends on M: then a short last batch would compile the code anew.
+    """
+    tile = tile_of(C, STREAM)
+    return tile, T * max(1, CELLS // (tile.BM * tile.BC))
+
+
+def _blocks(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def _launch(
+    name: str,
+    tile: Tile,
+    tensors: Sequence[Given],
+    numbers: Sequence[float],
+    programs: int | None = None,
+    **constants: Any,
+) -> None:
+    """Run a kernel on rows and channels, the first two of the numbers."""
+    rows, C = map(int, numbers[:2])
+    programs = programs or _blocks(rows, tile.BM * constants.get("STEPS", 1))
+    kernel = getattr(_code(), name)[programs, _blocks(C, tile.BC)]
+    device = next(x.device for x in tensors if x is not None)
+    with torch.cuda.device(device) if _elsewhere(device) else nullcontext():
+        kernel(
+            *tensors, *numbers, **constants, BM=tile.BM, BC=tile.BC,
+            num_warps=tile.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _elsewhere(device: torch.device) -> bool:
+    """Whether it is a CUDA device, but not the current one, which is where Triton launches."""
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
+
+
+def _launch_fastest(
+    name: str, tensors: Sequence[Given], numbers: Sequence[float], **constants: Any
+) -> None:
+    """Run a kernel whose results no tile changes, with the fastest for these C and arguments."""
+    kinds = (None if x is None else x.dtype for x in tensors)
+    key = name, numbers[1], *constants.values(), *kinds
+
+    def launch(pick: Pick) -> None:
+        _launch(name, tile_of(int(numbers[1]), pick), tensors, numbers, **constants)
+
+    pick = _fastest.get(key)
+    if pick is None:
+        pick = PICKS[0]
+        if _can_time(tensors):
+            pick = _fastest[key] = min(PICKS, key=lambda pick: _milliseconds(launch, pick))
+    launch(pick)
+
+
+_fastest: dict[Hashable, Pick] = {}
+
+
+def _can_time(tensors: Sequence[Given]) -> bool:
+    """Whether the kernel runs on a GPU, and now, not when a graph is replayed."""
+    on_gpu = any(x is not None and x.is_cuda for x in tensors)
+    return on_gpu and not torch.cuda.is_current_stream_capturing()
+
+
+def _milliseconds(launch: Callable[[Pick], None], pick: Pick) -> float:
+    """Time of a few launches, the best of three, after one that compiles."""
+    launch(pick)
+    times = []
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(5):
+            launch(pick)
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)))
+    return min(times)
+
+
+@cache
+def _code() -> ModuleType:
+    """The kernels; raises ImportError where Triton is missing."""
+    from snnbench.kernels import triton_code
+
+    return triton_code
+
+
+# --- registration -----------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("snnbench", "FRAGMENT")
+_NEURON = "int T, bool[] form, str surrogate, float[] levels"
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Make `run` a torch operator; `new` makes tensors like those that it returns."""
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CUDA")
+    if INTERPRETED:
+        _LIBRARY.impl(name, run, "CPU")
+    torch.library.register_fake(f"snnbench::{name}", new, lib=_LIBRARY)
+
+
+_register("stats", "(Tensor y) -> Tensor", _stats, _new_stats)
+_register(
+    "fire",
+    f"(Tensor y, Tensor? a, Tensor? b, Tensor? rest, Tensor decay, {_NEURON}) -> Tensor",
+    _fire,
+    _new_spikes,
+)
+_ARRAYS = "Tensor y, Tensor? a, Tensor? b, Tensor? mean, Tensor? rstd, Tensor? rest, Tensor decay"
+_register("rate_fire", f"({_ARRAYS}, {_NEURON}) -> Tensor[]", _rate_fire, _new_rates)
+_register(
+    "fire_backward",
+    f"(Tensor g, {_ARRAYS}, bool batch_stats, {_NEURON}) -> Tensor[]",
+    _fire_backward,
+    _new_gradients,
+)
