@@ -35,7 +35,7 @@ def phases(spec: RunSpec, epoch_steps: int) -> list[Phase]:
         early = recipe.inherit
         slower = replace(recipe, lr=early.lr or recipe.lr)
         found.append(Phase(early.T, slower, 0, early.epochs, early.epochs * epoch_steps))
-    steps = recipe.steps or recipe.epochs * epoch_steps  # type: ignore[operator]
+    steps = recipe.steps or (recipe.epochs or 0) * epoch_steps  # a recipe has one of them
     first = found[0].end if found else 0
     return [*found, Phase(spec.T, recipe, first, math.ceil(steps / epoch_steps), steps)]
 

@@ -299,8 +299,10 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Tables are laid over each other key by key, everything else is replaced."""
     for key, value in over.items():
         old = base.get(key)
-        both_tables = isinstance(old, dict) and isinstance(value, dict)
-        base[key] = _merge(old, value) if both_tables else value  # type: ignore[arg-type]
+        if isinstance(old, dict) and isinstance(value, dict):
+            base[key] = _merge(old, value)
+        else:
+            base[key] = value
     # One budget replaces the other.
     for this, other in (("epochs", "steps"), ("steps", "epochs")):
         if this in over and other not in over:

@@ -79,7 +79,7 @@ def train(job: Job) -> dict[str, Any]:
         "epoch": 0, "order_hash": "", "step_ms": [], "history": [], "fidelity": [],
     }  # fmt: skip
     if job.checkpoint is not None:
-        state = resume(job, trainable, optimizer) or state
+        state = resume(job, job.checkpoint, trainable, optimizer) or state
     if state["epoch"] == 0:
         measure_fidelity(job, splits["train"], plan, state)
 
@@ -255,7 +255,13 @@ def accuracy_with_heads(job: Job, split: Split) -> float | None:
         job.net.eval()
         if job.method.predict(job.net, job.data.encode(split.x[:1], T)) is None:
             return None
-    return accuracy(job, split, T, lambda x_TB: job.method.predict(job.net, x_TB))  # type: ignore[arg-type, return-value]
+
+    def with_heads(x_TB: Tensor) -> Tensor:
+        logits_TBK = job.method.predict(job.net, x_TB)
+        assert logits_TBK is not None
+        return logits_TBK
+
+    return accuracy(job, split, T, with_heads)
 
 
 def measure_fidelity(job: Job, split: Split, plan: list[Phase], state: dict[str, Any]) -> None:
@@ -345,7 +351,7 @@ def _content(value: Any) -> Iterator[str | bytes]:
 
 
 def resume(
-    job: Job, trainable: nn.Module, optimizer: torch.optim.Optimizer
+    job: Job, checkpoint: Path, trainable: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
     """Load the checkpoint, data and never code; what it says of the epochs done.
 
@@ -354,7 +360,7 @@ def resume(
     """
     before = copy.deepcopy((trainable.state_dict(), optimizer.state_dict()))
     try:
-        saved = torch.load(job.checkpoint, map_location=job.device, weights_only=True)  # type: ignore[arg-type]
+        saved = torch.load(checkpoint, map_location=job.device, weights_only=True)
         if saved.pop("seal") != seal(saved)["seal"]:
             raise ValueError("not what was written, or written by another version of the code")
         trainable.load_state_dict(saved.pop("trainable"))

@@ -21,6 +21,7 @@ TINY = {"width": 1 / 16}
 # Name in the registry, options beside the width, shape of a sample.
 CASES = {
     "vgg11": ("vgg11", {}, CIFAR),
+    "vgg11_a": ("vgg11_a", {}, CIFAR),
     "vgg13": ("vgg13", {}, CIFAR),
     "vgg16": ("vgg16", {}, CIFAR),
     "vggsnn": ("vggsnn", {}, CIFAR),
@@ -77,6 +78,7 @@ def test_every_network_of_the_registry_is_here():
     [
         ("vgg11", 10, CIFAR, {}, 11_001_354, 11.001),
         ("vgg11", 100, CIFAR, {}, 11_047_524, 11.048),
+        ("vgg11_a", 10, CIFAR, {}, 9_231_114, None),
         ("vgg13", 10, CIFAR, {}, 9_416_010, None),
         ("vgg13", 100, CIFAR, {}, 9_462_180, None),
         ("vgg16", 10, CIFAR, {}, 15_255_626, None),  # 15.27 with statistics, see below

@@ -136,9 +136,9 @@ def gradient_scale(coincidence: Tensor, alpha: float) -> Tensor:
 def weight_grad(op: nn.Module, x_B: Tensor, g_B: Tensor) -> Tensor:
     """Gradient of the weights for input x_B and output gradient g_B, summed over the batch."""
     if isinstance(op, nn.Conv2d):
-        return conv2d_weight(  # type: ignore[no-any-return]
-            x_B, op.weight.shape, g_B, op.stride, _padding(op), op.dilation, op.groups
-        )
+        shape, options = op.weight.shape, (op.stride, _padding(op), op.dilation, op.groups)
+        conv_grad: Tensor = conv2d_weight(x_B, shape, g_B, *options)
+        return conv_grad
     grad: Tensor = g_B.flatten(0, -2).T @ x_B.flatten(0, -2)
     return grad
 

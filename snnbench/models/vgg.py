@@ -94,7 +94,8 @@ def initialise(net: nn.Module, how: str) -> None:
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
         elif how == "normal" and isinstance(m, nn.Conv2d | nn.Linear):
             nn.init.normal_(m.weight, std=0.5)
-            nn.init.zeros_(m.bias)  # type: ignore[arg-type]
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
 
 
 class VGG11(VGG):
