@@ -80,6 +80,10 @@ def unavailable(device: torch.device) -> str | None:
     if found < CAPABILITY:
         needed, has = (".".join(map(str, pair)) for pair in (CAPABILITY, found))
         return f"the Triton kernel needs compute capability {needed}, this device has {has}"
+    try:
+        stats(torch.ones(1, 2, 4, device=device))
+    except Exception as error:  # of many kinds: no C compiler, no ptxas, a driver too old
+        return f"Triton cannot build here: {' '.join(str(error).split())[:200]}"
     return None
 
 
