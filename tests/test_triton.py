@@ -554,6 +554,10 @@ def test_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
     assert "compute capability 7.0, this device has 6.1" in str(kernel.unavailable(cuda))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    # It is tried on something small: here there is no such device, as if nothing could be built.
+    assert "Triton cannot build here: " in str(kernel.unavailable(cuda))
+    monkeypatch.setattr(kernel, "stats", lambda y: (y, y))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size))
     assert kernel.unavailable(cuda) is None
     kernel._code.cache_clear()
     monkeypatch.delitem(sys.modules, "snnbench.kernels.triton_code", raising=False)
