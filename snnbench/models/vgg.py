@@ -105,7 +105,7 @@ class VGG11(VGG):
 
 
 class VGG11A(VGG):
-    """VGG-11 as first published: maps are halved sooner, so it costs less than half; 9.23 M parameters."""
+    """VGG-11 as first published: maps halved sooner, less than half the cost; 9.2 M parameters."""
 
     source = "Simonyan & Zisserman 2015, arXiv 1409.1556, table 1, configuration A"
     plan = (64, A, 128, A, 256, 256, A, 512, 512, A, 512, 512, G)
