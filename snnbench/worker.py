@@ -253,7 +253,7 @@ def _train(
             "setup_s": setup_s,  # of the kernel: compiling it, or loading it
             "data_hash": data.data_hash[:16],
             "split_hash": data.split_hash[:16],
-        "data_verified": data.verified,
+            "data_verified": data.verified,
             "samples": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
         }
     )
