@@ -25,7 +25,7 @@ def peers(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the tables and the report.")
-    ] = Path("results/peers"),
+    ] = Path("peers"),
     as_json: Json = False,
 ) -> None:
     """Time the same network in other libraries and in ours, side by side."""

@@ -23,6 +23,7 @@ from snnbench.models.layer import Network
 # Gradients of fp16 runs are multiplied by this, and divided again; it halves on an overflow.
 LOSS_SCALE = 2.0**10
 NEVER = 2**30
+TINY = 2.0**-149  # the smallest scale before 0
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -107,14 +108,17 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """What was done in the end, for the record."""
         fallbacks, scale = list(self.choice.passed_over), self.loss_scale
-        if self.paths != {self.choice.name}:
-            fallbacks.append(f"{self.choice.name}: the method steps its neurons itself")
+        name = self.choice.name
+        if name != "reference" and self.paths != {name}:
+            fallbacks.append(f"{name}: this method, or its neuron, takes its steps in plain torch")
         return {
             "kernel_path": "+".join(sorted(self.paths)) or "reference",
             "kernel_fallbacks": fallbacks,
             "precision_path": self.precision,
             # The scale halves for every update that is left out, and never grows.
-            "skipped_steps": None if scale is None else round(math.log2(LOSS_SCALE / scale)),
+            "skipped_steps": None
+            if scale is None
+            else round(math.log2(LOSS_SCALE / max(scale, TINY))),
         }
 
 

@@ -29,7 +29,7 @@ from snnbench.kernels.choice import choose
 from snnbench.kernels.fused import Kernel, cells, uncells
 from snnbench.kernels.reference import Reference
 from snnbench.methods import contract
-from snnbench.methods.rate import Rate
+from snnbench.methods.rate import Rate, spikes_and_eligibility
 from snnbench.models.layer import Layer, TdBatchNorm2d
 from snnbench.models.resnet import ResNet18, SEWResNet18
 from snnbench.models.vgg import VGG11
@@ -136,7 +136,9 @@ def check_case(kernel, case, seed=0):
         assert (name, case["T"], float(got[name])) == ("decay_logit", 1, 0.0)
     for name, grad in expected.items():
         difference = (got[name] - grad).norm() / grad.norm().clamp_min(1e-3)
-        assert difference < 2e-5, (name, float(difference))
+        # The decay's gradient is one sum over all neurons, of terms that cancel.
+        bound = 2e-4 if name == "decay_logit" else 2e-5
+        assert difference < bound, (name, float(difference))
 
 
 @needs_native
@@ -161,7 +163,7 @@ def test_compiled_layer_step_through_inductor(case):
 
 
 @needs_native
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.fixed_dictionaries(
         {
@@ -367,6 +369,42 @@ def test_rate_keeps_the_same_bytes_at_every_T(T):
     assert kept(T) - kept(1) <= 3 * 4 * 10 * 4 * T
 
 
+@needs_native
+@pytest.mark.parametrize("backend", [native, compiled], ids=["native", "compiled"])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_time_means_of_a_layer_against_float64(case, backend, monkeypatch):
+    """Spikes, rate, eligibility and drive, for every neuron that comes near no threshold."""
+    monkeypatch.setattr(compiled, "_compiled", lambda f, options: partial(f, **dict(options)))
+    torch.manual_seed(2)
+    T, neuron = case["T"], replace(make_neuron(case), learn_decay=False)
+    y, rest = torch.randn(1 if case["stem"] else T, 40, 9), torch.randn(T, 40, 9)
+    a, b, mean, rstd = torch.rand(9) + 0.5, torch.rand(9), torch.randn(9), torch.rand(9) + 0.5
+    decay = torch.full((1,), neuron.decay)
+    s, rate, elig, xhat = backend.rate_fire(y, a, b, mean, rstd, rest, decay, neuron, T)
+    c_TB = (y.double() * a + b).expand(T, 40, 9) + rest
+    expected_s, expected_elig = spikes_and_eligibility(neuron, c_TB)
+    near = (margins(Layer(nn.Identity(), neuron=neuron), [c_TB]) < EPS).any(0)
+    if neuron.surrogate.name == "rectangle":
+        near |= (margins(Layer(nn.Identity(), neuron=neuron), [c_TB]) - 0.5).abs().lt(EPS).any(0)
+    assert torch.equal(s.double()[:, ~near], expected_s[:, ~near])
+    torch.testing.assert_close(rate.double()[~near], expected_s.mean(0)[~near])
+    torch.testing.assert_close(elig.double()[~near], expected_elig[~near], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(xhat, (y.mean(0) - mean) * rstd, rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+def test_a_damaged_library_is_built_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(native.platformdirs, "user_cache_path", lambda name: tmp_path / "sound")
+    native.library.__wrapped__()
+    (sound,) = (tmp_path / "sound" / "native").iterdir()
+    damaged = tmp_path / "damaged" / "native" / sound.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"")
+    monkeypatch.setattr(native.platformdirs, "user_cache_path", lambda name: tmp_path / "damaged")
+    assert native.library.__wrapped__() is not None
+    assert len(damaged.read_bytes()) == len(sound.read_bytes())
+
+
 # --- the contract, on every kernel --------------------------------------------------------------
 
 
@@ -428,11 +466,11 @@ def bytes_per_neuron_step(memory, method=None, dtype=None, width=0.25):
 @needs_native
 def test_bytes_kept_for_every_neuron_and_timestep():
     """The goals of the engine, exact: no clock, no allocator."""
-    assert bytes_per_neuron_step("speed") <= 9.0
-    assert bytes_per_neuron_step("speed", dtype="bf16") <= 4.6
-    assert bytes_per_neuron_step("speed", Rate()) <= 3.2
-    assert bytes_per_neuron_step("balanced") <= 4.2
-    assert bytes_per_neuron_step("smallest") <= 0.9
+    shown = {"speed": (5.03, 2.72), "balanced": (3.94, 2.19), "smallest": (0.85, 0.69)}  # README
+    for level, (full, half) in shown.items():
+        assert bytes_per_neuron_step(level) == pytest.approx(full, rel=0.03)
+        assert bytes_per_neuron_step(level, dtype="bf16") == pytest.approx(half, rel=0.03)
+        assert bytes_per_neuron_step(level, Rate()) == pytest.approx(2.51, rel=0.03)
 
 
 @needs_native
@@ -566,7 +604,7 @@ def test_the_library_is_built_once_and_found_again(monkeypatch, tmp_path):
 @needs_native
 def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch):
     def forbidden(self, *args, **kwargs):
-        raise PermissionError("read-only home")
+        raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", forbidden)
     assert native.library.__wrapped__() is not None

@@ -324,10 +324,15 @@ def test_fp16_counts_the_updates_that_overflowed():
     assert job.engine.describe()["precision_path"] == "fp16"
 
 
-@pytest.mark.parametrize("kernel", ["reference", "native"])
+@pytest.mark.parametrize(
+    ("kernel", "precision"), [("reference", "fp32"), ("native", "fp32"), ("native", "bf16")]
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_memory_levels_train_the_same_weights_to_the_last_bit(method, kernel):
-    jobs = [make_job(method, kernel=kernel, memory=m) for m in ("speed", "balanced", "smallest")]
+def test_memory_levels_train_the_same_weights_to_the_last_bit(method, kernel, precision):
+    jobs = [
+        make_job(method, kernel=kernel, memory=m, precision=precision)
+        for m in ("speed", "balanced", "smallest")
+    ]
     speed, balanced, smallest = (train.train(job)["saved_bytes"] for job in jobs)
     assert_same_weights(jobs[0], jobs[1])
     assert_same_weights(jobs[0], jobs[2])

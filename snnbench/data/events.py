@@ -80,10 +80,10 @@ class Frames:
     def _resize(self, frames: Array) -> Array:
         if self.size is None or frames.ndim == 2 or frames.shape[-2:] == (self.size, self.size):
             return frames
-        small = F.interpolate(
-            torch.from_numpy(frames), (self.size, self.size), mode="bilinear", antialias=True
-        ).numpy()
-        return (small > 0).astype(np.uint8) if self.value == "binary" else small
+        whole, target = torch.from_numpy(frames), (self.size, self.size)
+        if self.value == "binary":  # any event in the area; an average would round a lone one away
+            return F.adaptive_max_pool2d(whole.float(), target).to(torch.uint8).numpy()
+        return F.interpolate(whole, target, mode="bilinear", antialias=True).numpy()
 
 
 def check(events: Array, sensor: Sensor) -> None:
@@ -211,7 +211,8 @@ class EventSet(Dataset):
         train, val, test = (store.split(name) for name in ("train", "val", "test"))
         whole = c.train_limit is None and c.test_limit is None
         if c.train_limit is not None:
-            limit = max(self.classes, round(c.train_limit * c.val_fraction))
+            share = len(val) / (len(train) + len(val))  # of the whole split, kept in the small one
+            limit = max(self.classes, round(c.train_limit * share))
             train = _limited(train, f"{self.name}-train", c.train_limit)
             val = _limited(val, f"{self.name}-val", limit)
         test = _limited(test, f"{self.name}-test", c.test_limit)

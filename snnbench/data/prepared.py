@@ -34,7 +34,7 @@ from snnbench.data.base import Progress, Split
 from snnbench.errors import DataError
 from snnbench.spec import canonical, digest
 
-FORMAT = 1
+FORMAT = 2
 KEY_DIGITS = 16
 SPLITS = ("train", "val", "test")
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -109,10 +109,9 @@ def clean(root: Path, name: str) -> list[Path]:
     """Delete the dataset's stores; those that were there."""
     gone = stores(root, name)
     for folder in gone:
-        with _writing(folder):
-            shutil.rmtree(folder)
-    for lock in (root / "prepared").glob(f".{name}-{'?' * KEY_DIGITS}.lock"):
-        lock.unlink(missing_ok=True)
+        # Whoever is at work on the store is waited for.
+        with _writing(folder), _lock(folder.with_name(folder.name.lstrip("."))):
+            shutil.rmtree(folder, ignore_errors=not folder.exists())
     return [p for p in gone if not p.name.startswith(".")]
 
 

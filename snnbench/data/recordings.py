@@ -72,7 +72,7 @@ class Published(EventSet):
 
     def is_there(self, root: Path) -> bool:
         """Whether a recording is there."""
-        return next((root / self.info.home).rglob(self.pattern), None) is not None
+        return bool(recordings(root / self.info.home, self.pattern))
 
     def open(self, root: Path) -> Source:
         """The recordings below `root`; raises DataError if they are missing."""
@@ -147,6 +147,12 @@ class Published(EventSet):
         return Verdict(verified and whole, lines)
 
 
+def recordings(home: Path, pattern: str) -> list[Path]:
+    """Files of that pattern, in order; not what an unpacking that was cut short left behind."""
+    inside = ((path, path.relative_to(home).parts) for path in home.rglob(pattern))
+    return sorted(path for path, parts in inside if not any(p.startswith(".") for p in parts))
+
+
 def files(dataset: Any, root: Path, kind: str) -> Recordings:
     """The recordings of a tonic set that holds paths, in order of label and number in the name."""
     paths = [Path(p) for p in dataset.data]
@@ -180,7 +186,7 @@ def _number(name: str) -> int:
 
 def _content(home: Path, pattern: str) -> str:
     """SHA-256 of names and bytes of all recordings."""
-    paths = sorted(home.rglob(pattern))
+    paths = recordings(home, pattern)
     return digest(*(b for p in paths for b in (p.relative_to(home).as_posix(), p.read_bytes())))
 
 

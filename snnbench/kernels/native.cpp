@@ -414,22 +414,4 @@ void snn_rate_fire(const float* y, const float* rest, const float* a, const floa
   rate_fire(in, *n, T, M, C, out, threads);
 }
 
-// Spikes as bits, eight to a byte, lowest first; the last byte is filled up with zeros.
-void snn_pack(const float* s, int64_t n, uint8_t* bits) {
-  for (int64_t i = 0; i < n / 8; ++i) {
-    uint8_t byte = 0;
-    for (int k = 0; k < 8; ++k) byte |= static_cast<uint8_t>(s[8 * i + k] != 0.f) << k;
-    bits[i] = byte;
-  }
-  if (n % 8) {
-    uint8_t byte = 0;
-    for (int64_t k = n / 8 * 8; k < n; ++k) byte |= static_cast<uint8_t>(s[k] != 0.f) << (k % 8);
-    bits[n / 8] = byte;
-  }
-}
-
-void snn_unpack(const uint8_t* bits, int64_t n, float* s) {
-  for (int64_t i = 0; i < n; ++i) s[i] = static_cast<float>(bits[i / 8] >> (i % 8) & 1);
-}
-
 }  // extern "C"

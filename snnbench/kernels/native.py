@@ -46,6 +46,10 @@ class _Neuron(ctypes.Structure):
     ]
 
 
+class BuildError(OSError):
+    """The compiler does not accept the code."""
+
+
 def unavailable(device: torch.device) -> str | None:
     """Why this kernel cannot run here; None if it can. The first call may compile it."""
     if device.type != "cpu":
@@ -64,22 +68,33 @@ def library() -> Any:
     if not compiler:
         raise OSError("no C++ compiler was found (CXX, c++ or g++)")
     folder = platformdirs.user_cache_path("snnbench") / "native"
-    key = digest(SOURCE.read_bytes(), " ".join(FLAGS), compiler, _compiler_age(compiler), _cpu())
+    key = digest(
+        SOURCE.read_bytes(), str((FLAGS, VARIANTS)), compiler, _compiler_age(compiler), _cpu()
+    )
     path = folder / f"{key[:16]}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            build(compiler, path)
-        return _declared(ctypes.CDLL(str(path)))
-    except PermissionError:
+        return _built(compiler, path)
+    except BuildError:
+        raise
+    except OSError:  # a cache that cannot be written, or not run from
         with tempfile.TemporaryDirectory() as own:  # a loaded library needs no file any more
-            path = Path(own) / path.name
-            build(compiler, path)
+            return _built(compiler, Path(own) / path.name)
+
+
+def _built(compiler: str, path: Path) -> Any:
+    """The library at `path`, compiled where it is missing or damaged."""
+    if path.is_file():
+        try:
             return _declared(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError):
+            path.unlink()
+    build(compiler, path)
+    return _declared(ctypes.CDLL(str(path)))
 
 
 def build(compiler: str, path: Path) -> None:
-    """Compile to `path`, by rename; raises OSError with the compiler's first complaint."""
+    """Compile to `path`, by rename; raises BuildError with the compiler's first complaint."""
     complaint = ""
     for variant in VARIANTS:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -91,7 +106,7 @@ def build(compiler: str, path: Path) -> None:
                 return
             lines = [ln for ln in done.stderr.splitlines() if "error" in ln] or ["no message"]
             complaint = complaint or lines[0].strip()[:200]
-    raise OSError(f"{compiler} cannot compile the native kernel: {complaint}")
+    raise BuildError(f"{compiler} cannot compile the native kernel: {complaint}")
 
 
 def stats(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,20 +190,6 @@ def rate_fire(
     return s.to(y.dtype), rate.to(y.dtype), elig, xhat
 
 
-def pack(s: Tensor) -> Tensor:
-    """Spikes of a contiguous fp32 array as bits, eight to a byte."""
-    bits = torch.empty((s.numel() + 7) // 8, dtype=torch.uint8)
-    library().snn_pack(*_pointers(s), s.numel(), *_pointers(bits))
-    return bits
-
-
-def unpack(bits: Tensor, count: int) -> Tensor:
-    """The first `count` spikes of `bits`, fp32."""
-    s = torch.empty(count)
-    library().snn_unpack(*_pointers(bits), count, *_pointers(s))
-    return s
-
-
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
     """Addresses; the caller keeps the tensors alive."""
     return [None if t is None else t.data_ptr() for t in tensors]
@@ -224,8 +225,6 @@ def _declared(code: Any) -> Any:
         ("fire", "ppppnpnnnpn"),
         ("backward", "pppppppnpnnnpppppnn"),
         ("rate_fire", "ppppppnpnnnppppn"),
-        ("pack", "pnp"),
-        ("unpack", "pnp"),
     ):
         function = getattr(code, f"snn_{name}")
         function.argtypes = [ctypes.c_void_p if k == "p" else ctypes.c_int64 for k in kinds]

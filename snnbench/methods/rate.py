@@ -220,16 +220,17 @@ def rate_batch_norm(bn: nn.BatchNorm2d, c_TB: Tensor, c_B: Tensor) -> Tensor:
 
 def _statistics(c_B: Tensor) -> tuple[Tensor, Tensor]:
     """Biased variance and mean per channel, [1, C, 1, 1]."""
-    var, mean = torch.var_mean(c_B, (0, 2, 3), correction=0, keepdim=True)
+    var, mean = torch.var_mean(wide(c_B), (0, 2, 3), correction=0, keepdim=True)
     return var, mean
 
 
 def _normalise(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, c_B: Tensor) -> Tensor:
     """Normalised c_B: the statistics' values as given, their gradients those of c_B."""
+    dtype, c_B = c_B.dtype, wide(c_B)
     own = c_B.mean((0, 2, 3), keepdim=True)
     centred = c_B - (mean + (own - own.detach()))
     own = centred.square().mean((0, 2, 3), keepdim=True)
     normed = centred * torch.rsqrt((var + (own - own.detach())).clamp_min(0) + bn.eps)
     weight = bn.weight * getattr(bn, "scale", 1.0)
     out: Tensor = normed * weight.view(1, -1, 1, 1) + bn.bias.view(1, -1, 1, 1)
-    return out
+    return out.to(dtype)

@@ -78,7 +78,8 @@ class Layer(nn.Module):
         y_TB = through(parts, frames(x_TB[0]), apply)
         rest = [through(f, x, apply) for f, x in zip(self.synapses[1:], x_TB[1:], strict=True)]
         rest_TB = sum(rest[1:], start=rest[0]) if rest else None
-        if self.keeper is not None and torch.is_grad_enabled():
+        # A method's own way through the weights may round otherwise than the recipe would.
+        if self.keeper is not None and apply is over_time and torch.is_grad_enabled():
             self.keeper.output(y_TB, lambda x: through(parts, x, over_time), frames(x_TB[0]))
         s_TB = self.kernel.fire(self.neuron, y_TB, norm, rest_TB, T)
         if self.keeper is not None and isinstance(self.physics, LIF):
