@@ -8,7 +8,8 @@ library versions.
 
 A store appears whole or not at all: it is written under another name and renamed.  A lock keeps
 processes that want the same one from making it twice.  A store that does not fit its manifest, or
-whose source has changed, is made again.
+whose recordings have other names or labels, is made again; other bytes under the same names are not
+noticed: `clean` it then.
 """
 
 from __future__ import annotations

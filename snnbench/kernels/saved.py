@@ -4,9 +4,10 @@
     balanced   y as it is, spikes as bits: eight to a byte
     smallest   spikes as bits; y is computed from them once more in the backward pass
 
-Gradients are the same to the last bit.  Other tensors (images, pooled spikes, sums of spikes) are
-kept as they are.  The levels are a pair of hooks on saved tensors, so they work for every method
-and kernel.
+Gradients are the same to the last bit.  A method that goes its own way through the weights, as
+gradient scaling does, keeps y at `smallest` too.  Other tensors (images, pooled spikes, sums of
+spikes) are kept as they are.  The levels are a pair of hooks on saved tensors, so they work for
+every method and kernel.
 """
 
 from __future__ import annotations
