@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shlex
 import signal
 import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from snnbench import __version__
-from snnbench.cli_data import DataRoot, Json, data_app, data_root_of
+from snnbench.cli_data import Json, data_app
+from snnbench.cli_doctor import doctor
 from snnbench.cli_peers import peers
-from snnbench.errors import ExitCode, SnnbenchError, UsageError
+from snnbench.cli_report import add_to
+from snnbench.cli_run import Set, cancel, logs, plan, run, status
+from snnbench.errors import ExitCode, SnnbenchError
 
 app = typer.Typer(
     name="snnbench",
@@ -30,19 +31,14 @@ app = typer.Typer(
     epilog="Exit codes: 0 ok, 1 runs failed, 2 usage, 3 suite, 4 data, 5 results folder, "
     "6 worker, 70 bug, 130 interrupted.",
 )
+for command in (run, plan, status, cancel, logs):
+    app.command()(command)
 app.add_typer(data_app, name="data")
 app.command()(peers)
+app.command()(doctor)
+add_to(app)
 new_app = typer.Typer(help="Write a skeleton.", no_args_is_help=True)
 app.add_typer(new_app, name="new")
-
-
-class Format(StrEnum):
-    """How a report is written."""
-
-    terminal = "terminal"
-    md = "md"
-    csv = "csv"
-    json = "json"
 
 
 class What(StrEnum):
@@ -53,20 +49,7 @@ class What(StrEnum):
     datasets = "datasets"
     kernels = "kernels"
     suites = "suites"
-
-
-SuiteArgument = Annotated[str, typer.Argument(help="A suite file, or the name of a shipped suite.")]
-Results = Annotated[
-    Path, typer.Option("--results", envvar="SNNBENCH_RESULTS", help="Folder of all results.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as train.epochs=5."),
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option("--only", metavar="KEY=VALUE", help="Only these runs, as method=tet,T=4."),
-]
+    figures = "figures"
 
 
 def _version(wanted: bool) -> None:
@@ -86,162 +69,6 @@ def _global(
         os.environ["SNNBENCH_DEBUG"] = "1"
 
 
-@app.command()
-def run(
-    suite: SuiteArgument,
-    set_: Set = None,
-    only: Only = None,
-    redo: Annotated[
-        bool, typer.Option(help="Do runs again that are done; the old are kept.")
-    ] = False,
-    retry_failed: Annotated[bool, typer.Option(help="Do failed runs again.")] = False,
-    fail_fast: Annotated[bool, typer.Option(help="Stop after the first failure.")] = False,
-    results: Results = Path("results"),
-    data_root: DataRoot = None,
-    allow_unverified_data: Annotated[
-        bool,
-        typer.Option(
-            help="Use copies of data that are not the official bytes. Reading one can "
-            "run code in it: allow only what you trust."
-        ),
-    ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Warnings and failures only.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Do what is missing of a suite."""
-    from snnbench import console, planner, runner
-    from snnbench import suite as suites
-    from snnbench.store import FAILURES
-
-    choice = planner.Choice(suites.parse_only(only or ()), redo, retry_failed)
-    loaded, specs = planner.specs_of(suite, set_ or [])
-    plan = planner.make_plan(loaded, specs, results, choice)
-    if not plan.runs:
-        raise UsageError(f"--only: no run of '{loaded.name}' fits; `snnbench plan` prints all")
-    context = {
-        "data_root": str(data_root_of(data_root)),
-        "allow_unverified_data": allow_unverified_data,
-        "device": _device(device),
-    }
-    lively = sys.stderr.isatty() and not quiet
-    listener = console.Bars() if lively else console.Lines(quiet)
-    with listener:
-        outcome = runner.run(plan, context, listener, fail_fast)
-    if as_json:
-        console.print_json(
-            {
-                "suite": loaded.name,
-                "results": str(plan.folder.path),
-                "runs": outcome.counts,
-                "interrupted": outcome.interrupted,
-            }
-        )
-    where = "" if results == Path("results") else f" --results {results}"
-    again = _same_command()
-    if outcome.interrupted:
-        console.say("interrupted; what was done stays done")
-        _next(quiet, again)
-        raise typer.Exit(ExitCode.INTERRUPTED)
-    if cut_short := outcome.counts.get("interrupted"):
-        console.say(f"{cut_short} runs were cut short; the same command goes on with them")
-        _next(quiet, again)
-        raise typer.Exit(ExitCode.RUNS_FAILED)
-    if outcome.failed:
-        console.say(f"{outcome.failed} runs failed")
-        _next(quiet, again if retry_failed else f"{again} --retry-failed")
-        raise typer.Exit(ExitCode.RUNS_FAILED)
-    if earlier := sum(r.status in FAILURES and not r.todo for r in plan.runs):
-        console.say(f"{earlier} runs failed earlier")
-        _next(quiet, f"{again} --retry-failed")
-        raise typer.Exit(ExitCode.RUNS_FAILED)
-    _next(quiet, f"snnbench report {loaded.name}{where} --format md")
-
-
-@app.command()
-def plan(
-    suite: SuiteArgument,
-    set_: Set = None,
-    only: Only = None,
-    results: Results = Path("results"),
-    as_json: Json = False,
-) -> None:
-    """Print every run of a suite, done or missing, and how long the rest may take."""
-    from snnbench import console, planner
-    from snnbench import suite as suites
-
-    loaded, specs = planner.specs_of(suite, set_ or [])
-    choice = planner.Choice(suites.parse_only(only or ()))
-    planned = planner.make_plan(loaded, specs, results, choice)
-    if as_json:
-        console.print_json(planned.to_json())
-        return
-    console.print_plan(planned)
-    time = console.duration(planned.estimate_s)
-    console.say(
-        f"{len(planned.runs)} runs, {len(planned.todo)} to do"
-        + (f", about {time} on this machine" if time and planned.todo else "")
-    )
-    if not planned.runs:
-        raise UsageError(f"--only: no run of '{loaded.name}' fits")
-    where = "" if results == Path("results") else f" --results {results}"
-    again = _same_command().replace("snnbench plan", "snnbench run", 1)
-    console.hint(again if planned.todo else f"snnbench report {loaded.name}{where}")
-
-
-@app.command()
-def report(
-    what: Annotated[
-        str | None,
-        typer.Argument(metavar="[SUITE or FOLDER]", help="Default: the suite run last."),
-    ] = None,
-    format_: Annotated[
-        Format, typer.Option("--format", "-f", help="How to write it.")
-    ] = Format.terminal,
-    results: Results = Path("results"),
-    as_json: Json = False,
-) -> None:
-    """Print the table of a suite's results."""
-    from snnbench import console
-    from snnbench.report import content, data, markdown
-
-    folder = _results_of(what, results)
-    built = content.build(folder)
-    if as_json or format_ is Format.json:
-        console.print_data(data.to_json(built))
-    elif format_ is Format.csv:
-        console.print_data(data.to_csv(built))
-    elif format_ is Format.md:
-        console.print_data(markdown.render(built))
-    else:
-        console.print_report(built, content.LEGEND, content.PUBLISHED_COLUMNS)
-        console.hint(f"{_same_command()} --format md, or snnbench show RUN_ID")
-
-
-@app.command()
-def plot(
-    figure: Annotated[str, typer.Argument(help="fidelity, accuracy, saved, step or cosine.")],
-    what: Annotated[
-        str | None,
-        typer.Argument(metavar="[SUITE or FOLDER]", help="Default: the suite run last."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="A .png, .svg or .pdf file."),
-    ] = None,
-    results: Results = Path("results"),
-) -> None:
-    """Draw a figure of a suite's results."""
-    from snnbench import console
-    from snnbench.report import plots
-
-    folder = _results_of(what, results)
-    console.say(f"written: {plots.draw(folder, figure, output or folder.path / f'{figure}.png')}")
-    console.hint(f"snnbench report {folder.path.name}")
-
-
 @app.command("list")
 def list_(what: What, as_json: Json = False) -> None:
     """List methods, models, datasets, kernels or shipped suites."""
@@ -251,6 +78,10 @@ def list_(what: What, as_json: Json = False) -> None:
         from snnbench import suite as suites
 
         rows = [{"name": n, "claim": suites.claim_of(p)} for n, p in suites.shipped().items()]
+    elif what is What.figures:
+        from snnbench.report import plots
+
+        rows = [{"name": n, "shows": s} for n, s in plots.SHOWS.items()]
     else:
         rows = [c.describe() for c in registry.components(what.value).values()]
     from snnbench import console
@@ -261,24 +92,14 @@ def list_(what: What, as_json: Json = False) -> None:
     columns = [c for c in rows[0] if c not in ("distribution", "version")]
     wrap = [c for c in columns if c != "name"]
     console.print_table(columns, [[r[c] for c in columns] for r in rows], wrap=wrap)
-    follow = {"suites": "snnbench plan NAME", "methods": "snnbench check NAME"}
+    follow = {
+        "suites": "snnbench plan NAME",
+        "methods": "snnbench check NAME",
+        "figures": "snnbench plot NAME SUITE",
+    }
     console.hint(
         follow.get(what.value, "name it in the [axes] of a suite, then snnbench plan SUITE")
     )
-
-
-@app.command()
-def show(run_id: str, results: Results = Path("results"), as_json: Json = False) -> None:
-    """Print everything known of one run; the beginning of its id is enough."""
-    from snnbench import console, runner
-
-    suite_folder, folder = runner.find_run(results, run_id)
-    details = runner.run_details(folder)
-    if as_json:
-        console.print_json(details)
-        return
-    console.print_run(details)
-    console.hint(f"snnbench report {suite_folder.path.name}; the log is {folder.log}")
 
 
 @app.command()
@@ -319,47 +140,6 @@ def new_method(
     made = scaffold.new_method(name, folder)
     console.say(f"written: {made}")
     console.hint(f"pip install -e {made} && snnbench check {name}")
-
-
-def _same_command() -> str:
-    """The command as the user typed it, to be typed again."""
-    arguments = [a for a in sys.argv[1:] if a != "--redo"]
-    return shlex.join(["snnbench", *arguments])
-
-
-def _next(quiet: bool, command: str) -> None:
-    if not quiet:
-        from snnbench import console
-
-        console.hint(command)
-
-
-def _device(name: str) -> str:
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise typer.BadParameter(f"--device {name}: it can be auto, cpu, cuda or cuda:N")
-    return name
-
-
-def _results_of(what: str | None, results: Path) -> Any:
-    """The folder of a suite's results, given by path, by name, or by nothing: the last one."""
-    from snnbench.errors import ResultsError
-    from snnbench.spec import did_you_mean
-    from snnbench.store import SuiteFolder, suite_folders
-
-    known = suite_folders(results)
-    if what is None:
-        if not known:
-            raise ResultsError(f"{results}: no results yet; begin with `snnbench run smoke`")
-        return known[-1]
-    name = Path(what).stem if what.endswith(".toml") else what
-    for path in (Path(what), results / name):
-        with contextlib.suppress(OSError):  # a name too long for a file
-            if (path / "runs.csv").is_file():
-                return SuiteFolder(path)
-    raise ResultsError(
-        f"no results of '{what}' in {results}{did_you_mean(name, [f.path.name for f in known])}"
-    )
 
 
 class _CtrlC(BaseException):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from platformdirs import user_cache_dir
 
-from snnbench.errors import ExitCode, SuiteError, UsageError
+from snnbench.errors import DataError, ExitCode, SuiteError, UsageError
 
 data_app = typer.Typer(
     help="Datasets: where they are, whether they are genuine, how they are split.",
@@ -69,7 +70,7 @@ def list_(data_root: DataRoot = None, as_json: Json = False) -> None:
             row["name"],
             row.get("kind", ""),
             str(row.get("classes", "")),
-            " + ".join(f"{n:,}" for n in row.get("samples", ())),
+            _samples(row.get("samples", ())),
             row.get("shape", ""),
             _where(row),
             row.get("licence", ""),
@@ -79,7 +80,8 @@ def list_(data_root: DataRoot = None, as_json: Json = False) -> None:
     ]
     console.print_table(columns, table, right=["classes"], wrap=["licence", "cite"])
     console.say(f"the data root is {root}")
-    console.hint("snnbench data fetch NAME, or snnbench data verify NAME")
+    words = _words(data_root)
+    console.hint(f"snnbench data fetch NAME{words}, or snnbench data verify NAME{words}")
 
 
 @data_app.command()
@@ -87,12 +89,8 @@ def fetch(name: Name, data_root: DataRoot = None) -> None:
     """Download a dataset: resumed where it broke off, checked, and unpacked."""
     from snnbench import console
 
-    dataset = _dataset(name, ())
-    root = data_root_of(data_root)
-    if dataset.info is not None and dataset.info.manual and not dataset.present(root):
-        console.say(dataset.info.manual)
-    console.say(dataset.fetch(root))
-    console.hint(f"snnbench data verify {name}{_root_words(data_root)}")
+    console.say(_dataset(name, ()).fetch(data_root_of(data_root)))
+    console.hint(f"snnbench data verify {name}{_words(data_root)}")
 
 
 @data_app.command()
@@ -130,7 +128,8 @@ def prepare(
         console.say(f"{name}: {counts}, each {made['shape']}, in {made['folder']}")
     else:
         console.say(f"{name}: nothing to prepare; it is read straight from its files")
-    console.hint(f"snnbench data split {name} --show{_root_words(data_root)}")
+    words = _words(data_root, set_ or (), allow_unverified_data)
+    console.hint(f"snnbench data split {name} --show{words}")
 
 
 @data_app.command()
@@ -179,8 +178,14 @@ def clean(name: Name, data_root: DataRoot = None) -> None:
 
 
 def data_root_of(given: Path | None) -> Path:
-    """The folder of the datasets: the one given, or one in the user's cache."""
-    return given if given is not None else Path(user_cache_dir("snnbench")) / "data"
+    """The folder of the datasets: the one given, or one in the user's cache.
+
+    Raises DataError if it is something else than a folder.
+    """
+    root = given if given is not None else Path(user_cache_dir("snnbench")) / "data"
+    if root.exists() and not root.is_dir():
+        raise DataError(f"{root}: is no folder; name one with --data-root or SNNBENCH_DATA")
+    return root
 
 
 def _dataset(name: str, settings: tuple[str, ...] | list[str]) -> Any:
@@ -239,5 +244,16 @@ def _where(row: dict[str, Any]) -> str:
     return "embedded" if row["home"] == "embedded" else ("yes" if row["here"] else "no")
 
 
-def _root_words(given: Path | None) -> str:
-    return "" if given is None else f" --data-root {given}"
+def _samples(sizes: Sequence[int | None]) -> str:
+    """Numbers of train, validation and test; those of a part that is cut here are not published."""
+    if list(sizes[1:]) == [None, None]:
+        return f"{sizes[0]:,} in all"
+    return " + ".join("of train" if n is None else f"{n:,}" for n in sizes)
+
+
+def _words(root: Path | None, settings: Sequence[str] = (), allow: bool = False) -> str:
+    """The user's own options, to be said again in the next command."""
+    words = [word for setting in settings for word in ("--set", setting)]
+    words += ["--allow-unverified-data"] if allow else []
+    words += [] if root is None else ["--data-root", str(root)]
+    return "".join(f" {shlex.quote(word)}" for word in words)

@@ -33,6 +33,12 @@ def print_data(text: str) -> None:
     sys.stdout.flush()
 
 
+def print_bytes(content: bytes) -> None:
+    """Binary data to stdout."""
+    sys.stdout.buffer.write(content)
+    sys.stdout.flush()
+
+
 def print_json(value: Any) -> None:
     """An object to stdout."""
     print_data(json.dumps(value, indent=1, ensure_ascii=False))
@@ -53,8 +59,14 @@ def print_table(
     rows: Iterable[Sequence[str]],
     right: Iterable[str] = (),
     wrap: Iterable[str] = (),
+    strong: Iterable[tuple[int, int]] = (),
+    breaks: Iterable[int] = (),
 ) -> None:
-    """A table to stdout: in colour on a terminal, plain in a pipe, never cut off."""
+    """A table to stdout: in colour on a terminal, plain in a pipe, never cut off.
+
+    `strong` cells are bold; before the rows of `breaks` stands an empty line.
+    """
+    strong, breaks = set(strong), set(breaks)
     right, wrap = set(right), set(wrap)
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -62,8 +74,11 @@ def print_table(
         table.add_column(escape(name), justify="right" if name in right else "left",
                          no_wrap=name not in wrap, overflow="fold")  # fmt: skip
     body = [list(row) for row in rows]
-    for row in body:
-        table.add_row(*(_coloured(cell) for cell in row))
+    for r, row in enumerate(body):
+        cells = [_coloured(cell) for cell in row]
+        if r in breaks:
+            table.add_row()
+        table.add_row(*(f"[bold]{c}[/]" if (r, i) in strong else c for i, c in enumerate(cells)))
     needed = Console(width=100_000).measure(table).maximum
     if not console.is_terminal or needed <= console.width or not wrap:
         console = Console(highlight=False, width=max(needed, console.width))
@@ -77,13 +92,30 @@ def _coloured(cell: str) -> str:
 def print_plan(plan: Plan) -> None:
     """Every run of a plan with its status."""
     rows = [
-        [r.spec.run_id, r.status, "yes" if r.todo else "", duration(r.estimate_s)]
+        [r.run_id, f"{r.status}, stale" if r.stale else r.status, "yes" if r.todo else "",
+         duration(r.estimate_s)]
         for r in plan.runs
-    ]
+    ]  # fmt: skip
     print_table(["run", "status", "to do", "estimate"], rows, right=["estimate"])
 
 
-def print_report(report: Report, legend: str, published_columns: Sequence[str]) -> None:
+def print_status(states: Sequence[Mapping[str, Any]]) -> None:
+    """The runs of a suite: how far each has come, and who works on it."""
+    rows = []
+    for s in states:
+        epochs = f"{s['epoch']}/{s['epochs']}" if s.get("epochs") else ""
+        note = s.get("worker") or s.get("job") or s.get("reason") or ""
+        status = f"{s['status']}, stale" if s["stale"] else s["status"]
+        rows.append([s["run_id"], status, epochs, note])
+    print_table(["run", "status", "epoch", ""], rows, right=["epoch"], wrap=[""])
+
+
+def print_report(
+    report: Report,
+    legend: str,
+    published_columns: Sequence[str],
+    across_columns: Sequence[str],
+) -> None:
     """A report on the terminal."""
     console = Console(highlight=False)
     console.print(f"[bold]{escape(report.title)}[/]", escape(report.claim), soft_wrap=True)
@@ -93,9 +125,15 @@ def print_report(report: Report, legend: str, published_columns: Sequence[str]) 
     for columns in _fitting(report, console):
         chosen = [report.columns[i] for i in columns]
         rows = [[row[i] for i in columns] for row in report.rows]
-        print_table(chosen, rows, right=chosen[1:])
+        strong = {(r, columns.index(i)) for r, i in report.strong if i in columns}
+        print_table(chosen, rows, right=chosen[1:], strong=strong, breaks=report.breaks)
         console.print()
     console.print(f"[dim]{escape(legend.replace('*', ''))}[/]")
+    for text in report.findings:
+        console.print(f"  {escape(text)}", soft_wrap=not console.is_terminal)
+    if report.across:
+        console.print()
+        print_table(across_columns, report.across, right=across_columns[1:])
     if report.published:
         print_table(published_columns, report.published, wrap=["source"])
     for note in report.notes:
@@ -154,12 +192,16 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+MOST_BARS = 20
+
+
 class Lines:
     """Progress as plain lines, for pipes, logs and --quiet (warnings only)."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._engine = EngineNews()
+        self._places: dict[str, str] = {}
 
     def __enter__(self) -> Lines:
         return self
@@ -173,16 +215,19 @@ class Lines:
 
     def started(self, planned: Planned, number: int, of: int) -> None:
         """One run starts."""
-        self._place = f"[{number}/{of}]"
+        self._places[planned.run_id] = f"[{number}/{of}] "
 
-    def message(self, message: dict[str, Any]) -> None:
-        """The run in progress says something."""
+    def message(self, planned: Planned, message: dict[str, Any]) -> None:
+        """A run in progress says something."""
         for text, losing in self._engine.news(message):
             self.warn(text) if losing else self._say(text)
+        if text := trouble(planned.run_id, message):
+            self.warn(text)
 
     def ended(self, planned: Planned, row: Mapping[str, Any]) -> None:
         """The run has an outcome."""
-        line = f"{self._place} {planned.spec.run_id}: {outcome_text(row)}"
+        place = self._places.pop(planned.run_id, "")
+        line = f"{place}{planned.run_id}: {outcome_text(row)}"
         if row["status"] in FAILURES:
             say(line)
         else:
@@ -209,7 +254,7 @@ class Bars:
         self._live = Live(self._progress, console=self._console, transient=True)
         self._engine = EngineNews()
         self._suite: TaskID | None = None
-        self._run: TaskID | None = None
+        self._runs: dict[str, TaskID] = {}
 
     def __enter__(self) -> Bars:
         self._live.start()
@@ -225,26 +270,33 @@ class Bars:
 
     def started(self, planned: Planned, number: int, of: int) -> None:
         """One run starts."""
-        self._run = self._progress.add_task(planned.spec.run_id, total=None, note="starting")
+        if len(self._runs) < MOST_BARS:
+            task = self._progress.add_task(planned.run_id, total=None, note="starting")
+            self._runs[planned.run_id] = task
 
-    def message(self, message: dict[str, Any]) -> None:
-        """The run in progress says something."""
+    def message(self, planned: Planned, message: dict[str, Any]) -> None:
+        """A run in progress says something."""
         for text, losing in self._engine.news(message):
             self.warn(text) if losing else self._print(text)
-        if self._run is not None and message.get("event") == "epoch":
+        if text := trouble(planned.run_id, message):
+            self.warn(text)
+        if planned.run_id in self._runs and message.get("event") == "epoch":
             acc = message["val_acc"]
             note = "" if acc is None else f"val {100 * acc:.2f}%"
             self._progress.update(
-                self._run, total=message["epochs"], completed=message["epoch"], note=note
+                self._runs[planned.run_id],
+                total=message["epochs"],
+                completed=message["epoch"],
+                note=note,
             )
 
     def ended(self, planned: Planned, row: Mapping[str, Any]) -> None:
         """The run has an outcome."""
-        if self._run is not None:
-            self._progress.remove_task(self._run)
+        if planned.run_id in self._runs:
+            self._progress.remove_task(self._runs.pop(planned.run_id))
         if self._suite is not None:
             self._progress.advance(self._suite)
-        self._print(f"{planned.spec.run_id}: {outcome_text(row)}", COLOURS.get(row["status"], ""))
+        self._print(f"{planned.run_id}: {outcome_text(row)}", COLOURS.get(row["status"], ""))
 
     def warn(self, text: str) -> None:
         """Something is odd."""
@@ -271,6 +323,16 @@ class EngineNews:
         return new
 
 
+def trouble(run_id: str, message: Mapping[str, Any]) -> str:
+    """A word about a run that goes on after a mishap; empty for other messages."""
+    if message.get("event") == "oom_retry":
+        parts = message["batch_split"]
+        return f"{run_id}: {message['reason']}; its batches are now taken in {parts} parts"
+    if message.get("event") == "again":
+        return f"{run_id}: {message['reason']}; taken up again"
+    return ""
+
+
 def begin_line(plan: Plan) -> str:
     """What is about to be done."""
     failed = sum(r.status in FAILURES and not r.todo for r in plan.runs)
@@ -288,9 +350,11 @@ def outcome_text(row: Mapping[str, Any]) -> str:
     """`done: test 97.2% ...`, or the status with its reason."""
     if row["status"] != "done":
         return f"{row['status']}: {row['reason']}"
+    if row["kind"] == "capacity":
+        return f"done: largest T {row['largest_T']}, largest batch {row['largest_batch']}"
+    step = f"step {row['step_ms_p50']:.1f} ms"
+    if row["kind"] == "cost":
+        return f"done: {step}, {(row['saved_bytes'] or 0) / 2**20:.2f} MiB saved for backward"
     count = row["spikes_per_sample"]
     spikes = "no" if count is None else f"{count:.0f}"
-    return (
-        f"done: test {100 * row['test_acc']:.2f}%, {spikes} spikes a sample, "
-        f"step {row['step_ms_p50']:.1f} ms"
-    )
+    return f"done: test {100 * row['test_acc']:.2f}%, {spikes} spikes a sample, {step}"

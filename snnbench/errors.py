@@ -47,6 +47,10 @@ class ResultsError(SnnbenchError):
     exit_code = ExitCode.RESULTS
 
 
+class SchemaError(ResultsError):
+    """A record was written by a version of snnbench that this one does not understand."""
+
+
 class WorkerError(SnnbenchError):
     """A worker process could not be started or could not load what it needs."""
 

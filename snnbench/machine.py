@@ -41,7 +41,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        "versions": {name: _version(name) for name in ("torch", "torchvision", "numpy", "tonic")},
+        "versions": {name: _version(name) for name in ("torch", "torchvision", "triton", "numpy", "tonic")},
         "snnbench": __version__,
     }
 

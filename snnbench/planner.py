@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,19 +16,23 @@ from platformdirs import user_cache_dir
 from snnbench import registry
 from snnbench.errors import ResultsError, WorkerError
 from snnbench.executors.local import LocalExecutor
+from snnbench.progress import Ledger, work_of
+from snnbench.publish import publish_json
 from snnbench.spec import RunSpec, canonical, digest
-from snnbench.store import ENDED, FAILURES, Status, SuiteFolder, publish_json
+from snnbench.store import ENDED, FAILURES, Status, SuiteFolder
 from snnbench.suite import Options, Suite, expand, fail, load, matches, method_variants
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a plan."""
+    """One run of a plan; a `stale` result was computed by other code than this."""
 
     spec: RunSpec
+    run_id: str
     status: Status
     todo: bool
     estimate_s: float | None = None
+    stale: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Plan:
         return [r for r in self.runs if r.todo]
 
     @property
+    def stale(self) -> int:
+        """Number of results that other code computed, and that are to be kept."""
+        return sum(r.stale and not r.todo for r in self.runs)
+
+    @property
     def estimate_s(self) -> float | None:
         """Seconds left, if every run to be done could be estimated."""
         estimates = [r.estimate_s for r in self.todo]
@@ -57,8 +67,9 @@ class Plan:
             "results": str(self.folder.path),
             "runs": [
                 {
-                    "run_id": r.spec.run_id,
+                    "run_id": r.run_id,
                     "status": r.status,
+                    "stale": r.stale,
                     "todo": r.todo,
                     "estimate_s": r.estimate_s,
                     **{k: getattr(r.spec, k) for k in ("dataset", "model", "method", "T", "seed")},
@@ -70,6 +81,7 @@ class Plan:
                 for r in self.runs
             ],
             "todo": len(self.todo),
+            "stale": self.stale,
             "estimate_s": self.estimate_s,
         }
 
@@ -81,6 +93,7 @@ class Choice:
     only: Mapping[str, list[Any]] = field(default_factory=dict)
     redo: bool = False
     retry_failed: bool = False
+    redo_stale: bool = False
 
 
 def specs_of(name: str, settings: Sequence[str] = ()) -> tuple[Suite, list[RunSpec]]:
@@ -95,15 +108,23 @@ def make_plan(
     """Which runs are to be done, and how long that may take on this machine."""
     choice = choice or Choice()
     folder = SuiteFolder(results / suite.name)
-    past = _past_times(folder)
+    ledger = Ledger(folder)
+    past = _Past(ledger)
     runs = []
     for spec in specs:
         if not matches(spec, choice.only):
             continue
-        status = folder.run(spec.run_id).status()
-        redo = choice.redo or (choice.retry_failed and status in FAILURES)
-        todo = redo or status not in ENDED
-        runs.append(Planned(spec, status, todo, _estimate(spec, past) if todo else None))
+        run_id = spec.run_id
+        known = ledger.look(run_id)
+        redo = (
+            choice.redo
+            or (choice.retry_failed and known.status in FAILURES)
+            or (choice.redo_stale and known.stale)
+        )
+        todo = redo or known.status not in ENDED
+        estimate_s = past.estimate(spec) if todo else None
+        runs.append(Planned(spec, run_id, known.status, todo, estimate_s, known.stale))
+    ledger.save()
     return Plan(suite, folder, runs)
 
 
@@ -133,7 +154,8 @@ def _options(suite: Suite, name: str) -> Options:
     parts = ("data", "model", "neuron", "methods")
     if not isinstance(answer, dict) or any(part not in answer for part in parts):
         executor = LocalExecutor(built_in_modules(used))
-        answer = executor.call("resolve", json.loads(json.dumps(request, default=str)))
+        asked = json.loads(json.dumps(request, default=str))
+        answer = executor.call("resolve", asked, suite.run.heartbeat_s)
         if answer["broken"]:
             raise WorkerError("\n".join(answer["broken"]))
         fail(name, answer["errors"])
@@ -148,27 +170,30 @@ def built_in_modules(components: Iterable[registry.Component]) -> list[str]:
     return sorted({c.module for c in components if c.distribution == "snnbench"})
 
 
-def _past_times(folder: SuiteFolder) -> list[tuple[RunSpec, float]]:
+class _Past:
     """Wall-clock seconds of the runs done here."""
-    past = []
-    for run in folder.runs():
-        times = [e["wall_s"] for e in run.events()[0] if e.get("event") == "exit"]
-        if times and run.status() == "done":
-            with contextlib.suppress(ResultsError):
-                past.append((run.spec(), sum(times)))
-    return past
 
+    def __init__(self, ledger: Ledger) -> None:
+        self._times: dict[tuple[object, ...], list[float]] = defaultdict(list)
+        self._median: dict[tuple[object, ...], float] = {}
+        for known in ledger.past():
+            if known.wall_s and known.T:
+                self._times[known.work, known.method, known.T].append(known.wall_s)
+                per_step = known.wall_s / known.T
+                self._times[known.work, known.method].append(per_step)
+                self._times[known.work,].append(per_step)
 
-def _estimate(spec: RunSpec, past: Sequence[tuple[RunSpec, float]]) -> float | None:
-    """Median time of runs that differ in the seed only; else of the nearest, scaled by T."""
-
-    def same(other: RunSpec, *keys: str) -> bool:
-        return all(getattr(other, k) == getattr(spec, k) for k in keys)
-
-    work = ("dataset", "data", "model", "model_options", "train", "kernel", "precision", "memory")
-    twins = [t for s, t in past if same(s, *work, "method", "T")]
-    if not twins:
-        twins = [t * spec.T / s.T for s, t in past if same(s, *work, "method")]
-    if not twins:
-        twins = [t * spec.T / s.T for s, t in past if same(s, *work)]
-    return statistics.median(twins) if twins else None
+    def estimate(self, spec: RunSpec) -> float | None:
+        """Median time of runs that differ in the seed only; else of the nearest, scaled by T."""
+        if not self._times:
+            return None
+        work = work_of(spec)
+        keys: list[tuple[tuple[object, ...], int]] = [
+            ((work, spec.method, spec.T), 1), ((work, spec.method), spec.T), ((work,), spec.T)
+        ]  # fmt: skip
+        for key, factor in keys:
+            if key in self._times:
+                if key not in self._median:
+                    self._median[key] = statistics.median(self._times[key])
+                return factor * self._median[key]
+        return None

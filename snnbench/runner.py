@@ -1,24 +1,33 @@
-"""Doing what a plan says: resume, retry, failures, Ctrl-C."""
+"""Doing what a plan says: many runs at a time, claims, failures, Ctrl-C.
+
+Each run is claimed by a lease before it is touched, so that several commands, also on several
+machines that share the folder, may do one suite together: each does what nobody else is doing, and
+waits for the rest.
+"""
 
 from __future__ import annotations
 
-import signal
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
-from snnbench import registry
-from snnbench.errors import DataError, ResultsError, SuiteError
-from snnbench.executors.local import Handle, LocalExecutor
+from snnbench import lease, registry
+from snnbench.attempt import Attempt
+from snnbench.collect import Tables
+from snnbench.errors import DataError, ResultsError, SuiteError, UsageError
+from snnbench.executors.base import Executor
+from snnbench.executors.local import LocalExecutor, Places
 from snnbench.planner import Plan, Planned, built_in_modules
 from snnbench.spec import SCHEMA, RunSpec, canonical
+from snnbench.stopping import GRACE_S, Alike, Cancel, Interrupts
 from snnbench.store import ENDED, FAILURES, RunFolder, SuiteFolder
 
-# A process that ends by one of these was ended by somebody else; by another, by its own fault.
-FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "killed with its server")
+LOOK_S = 0.1  # between looks at what gives no sign of its own
+OTHERS_S = 1.0  # between looks at runs that others do, and at `cancel`
 
 
 class Listener(Protocol):
@@ -30,11 +39,11 @@ class Listener(Protocol):
     def started(self, planned: Planned, number: int, of: int) -> None:
         """One run starts."""
 
-    def message(self, message: dict[str, Any]) -> None:
-        """The run in progress says something."""
+    def message(self, planned: Planned, message: dict[str, Any]) -> None:
+        """A run in progress says something."""
 
     def ended(self, planned: Planned, row: Mapping[str, Any]) -> None:
-        """The run has an outcome."""
+        """The run has an outcome, or was cut short."""
 
     def warn(self, text: str) -> None:
         """Something is odd."""
@@ -42,11 +51,13 @@ class Listener(Protocol):
 
 @dataclass
 class Outcome:
-    """How a `run` ended."""
+    """How a `run` ended. `why` is why it was stopped early; `queued` runs go on without us."""
 
     counts: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
     stopped_early: bool = False
+    why: str = ""
+    queued: int = 0
 
     @property
     def failed(self) -> int:
@@ -55,55 +66,264 @@ class Outcome:
 
 
 def run(
-    plan: Plan, context: Mapping[str, Any], listener: Listener, fail_fast: bool = False
+    plan: Plan,
+    context: Mapping[str, Any],
+    listener: Listener,
+    fail_fast: bool = False,
+    detach: bool = False,
+    local: LocalExecutor | None = None,
 ) -> Outcome:
-    """Do what is to be done; every outcome is stored and tabulated as soon as it is known."""
-    from snnbench.tables import Writer  # pandas: half a second that `plan` need not wait
+    """Do what is to be done; every outcome is stored as soon as it is known, and tabulated soon.
 
-    outcome = Outcome()
-    with plan.folder.claim():
-        plan.folder.write_plan(
-            {
-                "schema": SCHEMA,
-                "suite": plan.suite.to_json(),
-                "runs": [r.spec.run_id for r in plan.runs],
-            }
+    With `detach`, jobs of a cluster are submitted and not waited for.  Raises DataError if a
+    dataset cannot be read, and ResultsError where results cannot be written.
+    """
+    plan.folder.write_plan(
+        {
+            "schema": SCHEMA,
+            "suite": plan.suite.to_json(),
+            "runs": [r.run_id for r in plan.runs],
+        }
+    )
+    listener.begin(plan)
+    todo = plan.todo
+    local = local or LocalExecutor(_preload(p.spec for p in todo))
+    if todo:
+        local.start()  # it warms up while the tables are read
+    tables = Tables(plan.suite.name, plan.folder)
+    with Interrupts() as interrupts, lease.Keeper() as keeper:
+        executor: Executor = local
+        if todo:
+            gpus = _check_data(todo, local, context)
+            executor = _executor(plan, local, gpus, context, listener)
+        work = _Work(plan, executor, dict(context), listener, tables, keeper)
+        work.fail_fast, work.detach = fail_fast, detach
+        try:
+            work.do(interrupts)
+        finally:
+            tables.write(wait_s=60.0)
+    if work.storage:
+        raise ResultsError(work.storage)
+    return work.outcome
+
+
+class _Work:
+    """The runs of one command: those to do, those in progress, and those that others do."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        executor: Executor,
+        context: dict[str, Any],
+        listener: Listener,
+        tables: Tables,
+        keeper: lease.Keeper,
+    ) -> None:
+        self._plan, self._executor, self._context = plan, executor, context
+        self._listener, self._tables, self._keeper = listener, tables, keeper
+        self._policy = plan.suite.run
+        self._pending = deque(plan.todo)
+        self._total, self._begun = len(self._pending), 0
+        self._active: list[tuple[Planned, Attempt]] = []
+        self._elsewhere: list[Planned] = []
+        self._watch = lease.Watch()
+        self._cancel = Cancel(plan.folder)
+        # Results that are to be done again; another command may be faster at that.
+        self._old = {
+            p.run_id: plan.folder.run(p.run_id).fingerprint()
+            for p in self._pending
+            if p.status in ENDED
+        }
+        self._alike = Alike(self._policy.stop_after_same_failures)
+        self._looked = time.monotonic()
+        self.fail_fast = self.detach = False
+        self.ending = ""
+        self.storage = ""
+        self.outcome = Outcome()
+
+    def do(self, interrupts: Interrupts) -> None:
+        """Everything, until it is done or has to end."""
+        asked = 0
+        while True:
+            if not self.ending:
+                self._begin_runs()
+            if not self._active and (self.ending or not (self._pending or self._elsewhere)):
+                return
+            if self._executor.remote and (self.detach or interrupts.count):
+                self.outcome.queued = len(self._active)
+                self.outcome.interrupted = not self.detach
+                return
+            self._executor.wait([a.handle for _, a in self._active], LOOK_S)
+            self._poll()
+            if interrupts.count > asked:
+                asked = interrupts.count
+                self.outcome.interrupted = True
+                self._end("asked to stop", kill=asked > 1, grace_s=interrupts.grace_s)
+            if time.monotonic() - self._looked > OTHERS_S:
+                self._look_around()
+                self._looked = time.monotonic()
+            self._tables.write_if_due()
+
+    def _begin_runs(self) -> None:
+        """Start as many runs as there is room for."""
+        with self._executor.batch():
+            while self._pending and self._executor.room(self._pending[0].spec.train.devices):
+                planned = self._pending.popleft()
+                try:
+                    self._begin(planned)
+                except ResultsError as error:
+                    self._fail(str(error))
+                    return
+
+    def _begin(self, planned: Planned) -> None:
+        """Claim a run, make its folder ready and start it; or leave it to whoever has it."""
+        folder = self._plan.folder.run(planned.run_id)
+        claimed = None
+        if not self._executor.attached(folder):
+            claimed = lease.claim(
+                self._plan.folder.leases(planned.run_id), self._watch, self._policy.lease_s
+            )
+            if claimed is None:
+                self._elsewhere.append(planned)
+                return
+            if self._done_meanwhile(planned, folder):
+                claimed.release()
+                self._ended(planned, folder)
+                return
+            _make_ready(planned, self._plan.folder, folder, self._listener)
+            if self._executor.remote:  # its node will claim it
+                claimed.release()
+                claimed = None
+            else:
+                self._keeper.keep(claimed)
+        self._begun += 1
+        self._listener.started(planned, self._begun, self._total)
+        attempt = Attempt(
+            planned.spec,
+            folder,
+            self._executor,
+            self._context,
+            self._policy,
+            lambda message: self._listener.message(planned, message),
+            claimed,
         )
-        writer = Writer(plan.suite.name, plan.folder)
-        listener.begin(plan)
-        todo = plan.todo
-        executor = LocalExecutor(_preload(p.spec for p in todo))
-        with _Interrupts() as interrupts:
-            if todo:
-                _check_data(todo, executor, context)
-            for number, planned in enumerate(todo, 1):
-                folder = plan.folder.run(planned.spec.run_id)
-                _make_ready(planned, plan.folder, folder, listener)
-                listener.started(planned, number, len(todo))
-                _do(planned.spec, folder, executor, context, listener, interrupts)
-                row = writer.read(folder)
-                writer.write()
-                outcome.counts[row["status"]] = outcome.counts.get(row["status"], 0) + 1
-                listener.ended(planned, row)
-                if interrupts.count:
-                    outcome.interrupted = True
-                    break
-                if fail_fast and row["status"] in FAILURES and number < len(todo):
-                    outcome.stopped_early = True
-                    break
-        writer.write()
-    return outcome
+        attempt.begin()
+        self._active.append((planned, attempt))
+
+    def _done_meanwhile(self, planned: Planned, folder: RunFolder) -> bool:
+        """Whether somebody else has done the run since it was planned."""
+        seen = folder.fingerprint()
+        return seen is not None and seen != self._old.get(planned.run_id) and folder.is_ended()
+
+    def _poll(self) -> None:
+        """Take in what happened to the runs in progress."""
+        for planned, attempt in list(self._active):
+            try:
+                over = attempt.poll()
+            except ResultsError as error:
+                attempt.storage = attempt.storage or str(error)
+                attempt.kill()
+                over = True
+            if not over:
+                continue
+            self._active.remove((planned, attempt))
+            if attempt.lease is not None:
+                self._keeper.release(attempt.lease)
+            if attempt.storage:
+                self._fail(attempt.storage)
+            elif attempt.lost:
+                self._listener.warn(f"{planned.run_id}: another machine has taken it over")
+                self._elsewhere.append(planned)
+            else:
+                self._ended(planned, attempt.folder)
+
+    def _ended(self, planned: Planned, folder: RunFolder) -> None:
+        """One run less; perhaps the last."""
+        row = self._tables.read(folder)
+        status, counts = row["status"], self.outcome.counts
+        counts[status] = counts.get(status, 0) + 1
+        self._listener.ended(planned, row)
+        left = bool(self._pending or self._active)
+        if self._alike.too_often(row) and left:
+            self.outcome.why = (
+                f"the first {self._alike.count} runs all failed the same way: {row['reason']}; "
+                "stopped (run.stop_after_same_failures)"
+            )
+        if self.outcome.why or (self.fail_fast and status in FAILURES and left):
+            self.outcome.stopped_early = True
+            self._end("the suite was stopped")
+
+    def _end(self, why: str, kill: bool = False, grace_s: float | None = None) -> None:
+        """Begin nothing more, and let those in progress save themselves."""
+        self.ending = self.ending or why
+        for _, attempt in self._active:
+            attempt.kill() if kill else attempt.stop(why, grace_s)
+
+    def _fail(self, storage: str) -> None:
+        """The folder cannot be written: nothing more can be done here."""
+        self.storage = self.storage or storage
+        self._end("the results folder cannot be written", grace_s=GRACE_S)
+
+    def _look_around(self) -> None:
+        """Has somebody cancelled runs, or left some of his to us?"""
+        for run_id in self._cancel.asked():
+            if run_id is None:
+                self.outcome.interrupted = True
+                self._end("cancelled", grace_s=GRACE_S)
+            self._pending = deque(p for p in self._pending if p.run_id != run_id)
+            for planned, attempt in self._active:
+                if planned.run_id == run_id:
+                    attempt.stop("cancelled", GRACE_S)
+        elsewhere, self._elsewhere = self._elsewhere, []
+        for planned in elsewhere:
+            folder = self._plan.folder.run(planned.run_id)
+            if self._done_meanwhile(planned, folder):
+                self._ended(planned, folder)
+            elif lease.is_free(self._plan.folder.leases(planned.run_id), self._watch):
+                self._pending.append(planned)
+            else:
+                self._elsewhere.append(planned)
+
+
+def _executor(
+    plan: Plan, local: LocalExecutor, gpus: int, context: Mapping[str, Any], listener: Listener
+) -> Executor:
+    """Where the runs are executed, with as many places as the suite asks for."""
+    policy = plan.suite.run
+    if policy.executor == "slurm":
+        from snnbench.executors.slurm import SlurmExecutor
+        from snnbench.node import Task
+
+        task = Task(asdict(policy))
+        return SlurmExecutor(plan.folder.jobs, plan.suite.name, plan.suite.slurm, task)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    ids = [i for i in visible if i] or [str(i) for i in range(gpus)]
+    device = str(context.get("device", "auto"))
+    ids = [] if device == "cpu" or not gpus else ids[:gpus]
+    if device.startswith("cuda:"):  # one GPU was named: the worker picks it out itself
+        ids = []
+    local.places = Places(ids, policy.jobs)
+    if local.places.shared_by > 1:
+        listener.warn(
+            f"{local.places.shared_by} runs at a time on one device disturb each other's clocks: "
+            "their times are marked by parallel_jobs in the record and compare with no others"
+        )
+    return local
 
 
 def _check_data(
     todo: Sequence[Planned], executor: LocalExecutor, context: Mapping[str, Any]
-) -> None:
-    """Read each dataset once before any run does; raises DataError, and nothing is recorded."""
+) -> int:
+    """Read each dataset once before any run does; the number of GPUs here.
+
+    Raises DataError, and nothing is recorded.
+    """
     wanted = {canonical([p.spec.dataset, p.spec.data]): p.spec for p in todo}
     sets = [[spec.dataset, spec.data] for spec in wanted.values()]
     answer = executor.call("check_data", {"datasets": sets, "context": dict(context)})
     if answer["errors"]:
         raise DataError("\n".join(answer["errors"]))
+    return int(answer["gpus"])
 
 
 def _make_ready(
@@ -128,104 +348,22 @@ def _make_ready(
         folder.create(planned.spec)
 
 
-def _do(
-    spec: RunSpec,
-    folder: RunFolder,
-    executor: LocalExecutor,
-    context: Mapping[str, Any],
-    listener: Listener,
-    interrupts: _Interrupts,
-) -> None:
-    """One run in a process of its own, until it has an outcome or is interrupted."""
-    began = time.monotonic()
-    limit = spec.train.timeout_s
-    handle = executor.submit(folder, dict(context))
-    storage = crash = None
-    stopped = False
-    timed_out = False
-    asked = 0
-    started: float | None = None  # the warming up of the server is nobody's time
-    while True:
-        for message in handle.messages(0.1):
-            started = started or time.monotonic()
-            storage = message["reason"] if message["event"] == "storage" else storage
-            crash = message["reason"] if message["event"] == "crash" else crash
-            stopped = stopped or message["event"] == "stopped"
-            listener.message(message)
-        if not handle.alive:
-            break
-        if limit and started and time.monotonic() - started > limit:
-            timed_out = True
-            handle.kill()
-        if interrupts.count > asked:
-            asked = interrupts.count
-            handle.stop() if asked == 1 else handle.kill()
-    handle.close()
-    if storage:
-        raise ResultsError(storage)
-    wall_s = time.monotonic() - (started or began)
-    folder.append({"event": "exit", "wall_s": wall_s})
-    if folder.result() is None:
-        _record_death(spec, folder, handle, crash, limit if timed_out else None, stopped)
-
-
-def _record_death(
-    spec: RunSpec,
-    folder: RunFolder,
-    handle: Handle,
-    crash: str | None,
-    limit: float | None,
-    stopped: bool,
-) -> None:
-    """The outcome of a worker that left no result; one that was asked to stop said so itself."""
-    death = handle.death()
-    status = reason = None
-    if limit is not None:
-        status, reason = "timeout", f"longer than train.timeout_s = {limit:g} s"
-    elif crash is not None:
-        status, reason = "failed", crash
-    elif not stopped and not any(name in death for name in FROM_OUTSIDE):
-        status, reason = "failed", death
-    if status is not None:
-        folder.finish(
-            {
-                "schema": SCHEMA,
-                "run_id": spec.run_id,
-                "spec": spec.to_json(),
-                "source_hash": registry.source_hash(),
-                "status": status,
-                "reason": reason,
-            }
-        )
-    elif not stopped:
-        folder.append({"event": "interrupted", "reason": death, "time": time.time()})
-
-
-class _Interrupts:
-    """Counts Ctrl-C and SIGTERM: the first asks for a clean end, the second for one at once."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __enter__(self) -> _Interrupts:
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, *_: int | FrameType | None) -> None:
-        self.count += 1
-
-
-def _preload(specs: Iterator[RunSpec]) -> list[str]:
+def _preload(specs: Iterable[RunSpec]) -> list[str]:
     names = {
         (kind, name)
         for s in specs
         for kind, name in (("datasets", s.dataset), ("models", s.model), ("methods", s.method))
     }
     return built_in_modules(registry.find(kind, name) for kind, name in sorted(names))
+
+
+def examine_machine(device: str, data_root: Path, results: Path) -> dict[str, Any]:
+    """The machine and what may be wrong with it, as data; raises UsageError without the device."""
+    request = {"device": device, "data_root": str(data_root), "results": str(results)}
+    answer = LocalExecutor([]).call("doctor", request)
+    if errors := answer.pop("errors"):
+        raise UsageError("\n".join(errors))
+    return answer
 
 
 def check_method(name: str) -> list[dict[str, Any]]:

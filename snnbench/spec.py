@@ -21,6 +21,7 @@ SCHEMA = 1
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Memory = Literal["speed", "balanced", "smallest"]
+Kind = Literal["train", "cost", "capacity"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,32 @@ class Every:
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """What is measured beyond the usual; None costs nothing."""
+    """What is measured beyond the usual; None costs nothing.
+
+    `target` is the test accuracy (0-1) whose time, energy, epochs and spikes are looked for.
+    """
 
     gradient_fidelity: Every | None = None
+    target: Annotated[float, Gt(0), Le(1)] | None = None
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The memory that a training step shall fit into, and how far the search goes."""
+
+    memory_gib: Annotated[float, Gt(0)] = 1.0
+    most_T: Annotated[int, Ge(1)] = 1024
+    most_batch: Annotated[int, Ge(1)] = 65536
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe that every method of a suite shares. Give `epochs` or `steps`, not both."""
+    """The recipe that every method of a suite shares. Give `epochs` or `steps`, not both.
+
+    `batch_size` is that of one update: it is shared out over `devices`, and taken in
+    `batch_split` parts whose gradients are averaged (each part has its own BatchNorm statistics).
+    `deterministic` makes CUDA kernels bit-reproducible, and slower.
+    """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: Annotated[float, Gt(0)] = 0.1
@@ -70,8 +89,17 @@ class TrainConfig:
     eval_every: Annotated[int, Ge(1)] = 1
     timeout_s: Annotated[float, Gt(0)] | None = None
     inherit: Inherit | None = None
+    devices: Annotated[int, Ge(1)] = 1
+    batch_split: Annotated[int, Ge(1)] = 1
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("devices", "batch_split"):
+            if self.batch_size % getattr(self, name):
+                raise ValueError(
+                    f"{name} = {getattr(self, name)}: batch_size = {self.batch_size} cannot be "
+                    "divided by it"
+                )
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either 'epochs' or 'steps'")
         if self.inherit is not None and self.epochs is None:
@@ -96,6 +124,8 @@ class RunSpec:
     precision: Precision = "auto"
     memory: Memory = "speed"
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    kind: Kind = "train"
+    capacity: Capacity | None = None  # of that kind only
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """Result folders: what lies where, written so that a kill at any moment loses nothing.
 
     results/<suite>/suite.json               the plan of the last `run`
-    results/<suite>/runs.csv, epochs.csv     the tables (and fidelity.csv, where measured)
+    results/<suite>/runs.csv, epochs.csv     the tables (and layers.csv, fidelity.csv)
+    results/<suite>/leases/<run_id>/         who works on the run
+    results/<suite>/index.json               what is known of ended runs, to be read at once
+    results/<suite>/cancel.json              the last `cancel`
+    results/<suite>/slurm/                   scripts and output of cluster jobs
     results/<suite>/runs/<run_id>/           one run:
         spec.json       what to do
         events.jsonl    append-only: start, one line an epoch, interruptions
-        checkpoint.pt   at the end of an epoch, 10 s or more after the last; gone once done
+        checkpoint.pt   where training goes on from, and the one before; gone once done
         log.txt         whatever the process printed
-        result.json     written last, by rename: its existence means that the run has ended
+        job.json        the cluster job that does the run
+        result.json     written last and only once: its existence means that the run has ended
 
 This is the only module that knows file names.
 """
@@ -15,20 +20,24 @@ This is the only module that knows file names.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from snnbench.errors import ResultsError
-from snnbench.spec import RunSpec
+from snnbench.errors import ResultsError, SchemaError
+from snnbench.publish import publish as publish
+from snnbench.publish import publish_json as publish_json
+from snnbench.publish import storage_error as storage_error
+from snnbench.spec import SCHEMA, RunSpec
 
 Status = Literal[
     "done", "oom", "timeout", "diverged", "failed", "skipped", "interrupted", "running", "missing"
@@ -41,7 +50,11 @@ _NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "epoch": {"epoch": int},
     "exit": {"wall_s": (int, float)},
     "interrupted": {"reason": str},
+    "oom_retry": {"batch_split": int, "reason": str},
 }
+
+
+NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]{0,127}")
 
 
 def _is_event(event: dict[str, Any]) -> bool:
@@ -50,39 +63,21 @@ def _is_event(event: dict[str, Any]) -> bool:
     return all(isinstance(event.get(k), kind) for k, kind in needed.items())
 
 
-def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then put it in place: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise storage_error(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+def known_schema(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record, if this version can read it; raises SchemaError.
 
-
-def publish_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; numbers that are not finite are refused."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    publish(path, lambda tmp: tmp.write_text(text, "utf-8"))
-
-
-def storage_error(path: Path, error: OSError) -> ResultsError:
-    """One clear line for a full, read-only or otherwise unusable results folder."""
-    what = {
-        errno.ENOSPC: "the disk is full; free some space",
-        errno.EDQUOT: "the disk quota is used up; free some space",
-        errno.EROFS: "the file system is read-only; name another folder with --results",
-        errno.EACCES: "no permission to write; name another folder with --results",
-        errno.ENOTDIR: "a file stands where a folder is needed; name another with --results",
-        errno.EEXIST: "a file stands where a folder is needed; name another with --results",
-    }.get(error.errno or 0, error.strerror or str(error))
-    return ResultsError(f"{path}: cannot be written: {what}")
+    There has been one schema so far: nothing older is to be migrated.
+    """
+    schema = record.get("schema", SCHEMA)
+    if not isinstance(schema, int) or isinstance(schema, bool):
+        raise ValueError(f"schema = {schema!r}")
+    if schema != SCHEMA:
+        which = "a newer snnbench: update this one" if schema > SCHEMA else "an snnbench too old"
+        raise SchemaError(
+            f"{path}: schema {schema}, written by {which} (it reads schema {SCHEMA}), or name "
+            "another folder with --results"
+        )
+    return record
 
 
 @dataclass(frozen=True)
@@ -102,9 +97,39 @@ class RunFolder:
         return self.path / "checkpoint.pt"
 
     @property
+    def _older_checkpoint(self) -> Path:
+        return self.path / "checkpoint.old.pt"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The last two checkpoints, as far as there are any, the newest first."""
+        return [p for p in (self.checkpoint, self._older_checkpoint) if p.is_file()]
+
+    def save_checkpoint(self, content: bytes | memoryview) -> None:
+        """Write the newest checkpoint, and keep the one before in case this one is damaged."""
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(content)
+            with contextlib.suppress(FileNotFoundError):
+                self.checkpoint.replace(self._older_checkpoint)
+
+        publish(self.checkpoint, write)
+
+    def drop_checkpoints(self) -> None:
+        """The run is done: nobody goes on from them."""
+        for path in self.checkpoints:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    @property
     def log(self) -> Path:
         """Everything that the worker process printed."""
         return self.path / "log.txt"
+
+    @property
+    def job(self) -> Path:
+        """Which cluster job does the run."""
+        return self.path / "job.json"
 
     @property
     def _result(self) -> Path:
@@ -124,8 +149,9 @@ class RunFolder:
         """What to do; raises ResultsError if spec.json is damaged and no result repeats it."""
         file = self.path / "spec.json"
         try:
-            return RunSpec.from_json(json.loads(file.read_text("utf-8")))
-        except (OSError, ValueError) as error:
+            values = json.loads(file.read_text("utf-8"))
+            return RunSpec.from_json(known_schema(values, file))
+        except (OSError, ValueError, AttributeError) as error:
             with contextlib.suppress(ResultsError, ValueError):
                 return RunSpec.from_json((self.result() or {}).get("spec"))
             raise ResultsError(f"{file}: not a readable run spec: {error}") from error
@@ -133,7 +159,9 @@ class RunFolder:
     def append(self, event: dict[str, Any]) -> None:
         """Add one event; a line that an earlier kill cut short stays a line of its own."""
         try:
-            with self._events.open("ab+") as file:
+            # A link is not followed: it could lead out of the folder.
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            with os.fdopen(os.open(self._events, flags, 0o644), "ab+") as file:
                 if file.tell() > 0:
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":
@@ -161,14 +189,22 @@ class RunFolder:
                 warnings.append(f"{self._events}: line {number} is damaged and left out")
         return events, warnings
 
+    def events_size(self) -> int:
+        """Bytes of the event log: it has grown where something was added."""
+        try:
+            return self._events.stat().st_size
+        except OSError:
+            return 0
+
     def epochs(self) -> list[dict[str, Any]]:
         """One event per epoch; an epoch that was repeated after a kill counts once, the last."""
         latest = {e["epoch"]: e for e in self.events()[0] if e.get("event") == "epoch"}
         return [latest[n] for n in sorted(latest)]
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Publish the result: from now on the run has ended."""
-        publish_json(self._result, result)
+    def finish(self, result: dict[str, Any]) -> bool:
+        """Publish the result: from now on the run has ended. False if another was first."""
+        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        return publish(self._result, lambda tmp: tmp.write_text(text, "utf-8"), only_first=True)
 
     def result(self) -> dict[str, Any] | None:
         """The result of a run that has ended, else None; raises ResultsError if damaged."""
@@ -176,11 +212,24 @@ class RunFolder:
             result = json.loads(self._result.read_text("utf-8"))
             if not isinstance(result, dict) or result.get("status") not in ENDED:
                 raise ValueError("no status in it")
+            known_schema(result, self._result)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise ResultsError(f"{self._result}: not a readable result: {error}") from error
         return result
+
+    def fingerprint(self) -> list[int] | None:
+        """Time and sizes of the files that tell how the run ended; None where it has not."""
+        try:
+            result, events = self._result.stat(), self._events.stat()
+        except OSError:
+            return None
+        return [result.st_mtime_ns, result.st_size, events.st_size]
+
+    def is_ended(self) -> bool:
+        """Whether there is a result that can be read."""
+        return self.status() in ENDED
 
     def set_aside_damaged_result(self) -> Path:
         """Keep a damaged result under another name, so that the run counts as missing."""
@@ -192,9 +241,14 @@ class RunFolder:
         return aside
 
     def status(self) -> Status:
-        """How far the run has come; `interrupted` is one that began and has no living worker."""
+        """How far the run has come; `interrupted` is one that began and has no living worker.
+
+        Raises SchemaError for a result that only another version of snnbench can read.
+        """
         try:
             result = self.result()
+        except SchemaError:
+            raise
         except ResultsError:
             return "missing"
         if result is not None:
@@ -205,10 +259,15 @@ class RunFolder:
         return "running" if is_locked(self.path / ".lock") else "interrupted"
 
     def claim(self, wait_s: float) -> FileLock:
-        """Hold this while working on the run; it is let go when the process ends, however."""
+        """Hold this while working on the run; it is let go when the process ends, however.
+
+        It keeps two workers of one machine apart; between machines there are leases.
+        """
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=wait_s)
+        except NotImplementedError:
+            pass  # a network file system without locks
         except Timeout as error:
             raise ResultsError(f"{self.path}: another process is working on this run") from error
         except OSError as error:
@@ -233,25 +292,66 @@ class SuiteFolder:
         return self.path / "epochs.csv"
 
     @property
+    def layers_csv(self) -> Path:
+        """One row per finished run and layer."""
+        return self.path / "layers.csv"
+
+    @property
     def fidelity_csv(self) -> Path:
         """One row per run, epoch and layer, where gradients were compared with BPTT's."""
         return self.path / "fidelity.csv"
 
+    @property
+    def index(self) -> Path:
+        """What is known of ended runs."""
+        return self.path / "index.json"
+
+    @property
+    def cancel(self) -> Path:
+        """Which runs shall end."""
+        return self.path / "cancel.json"
+
+    @property
+    def jobs(self) -> Path:
+        """Scripts and output of cluster jobs."""
+        return self.path / "slurm"
+
+    def leases(self, run_id: str) -> Path:
+        """Who works on a run."""
+        return self.path / "leases" / _safe(run_id)
+
     def run(self, run_id: str) -> RunFolder:
-        """The folder of a run, whether it exists or not."""
-        return RunFolder(self.path / "runs" / run_id)
+        """The folder of a run, whether it exists or not.
+
+        Raises ResultsError for a name or a link that leads out of the suite's folder.
+        """
+        path = self.path / "runs" / _safe(run_id)
+        for part in (path, path.parent, self.path):
+            if part.is_symlink():
+                raise ResultsError(f"{part}: a link in place of a folder; it could lead anywhere")
+        return RunFolder(path)
+
+    def run_ids(self) -> list[str]:
+        """Names of all folders of runs, in order; whoever meddles here can add others."""
+        try:
+            with os.scandir(self.path / "runs") as found:
+                return sorted(e.name for e in found if e.is_dir(follow_symlinks=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise ResultsError(f"{self.path}: cannot be read: {error.strerror}") from error
 
     def runs(self) -> Iterator[RunFolder]:
         """Folders of all runs that were ever begun here, by name."""
-        folder = self.path / "runs"
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if (path / "spec.json").is_file():
+        for name in self.run_ids():
+            path = self.path / "runs" / name
+            if NAME.fullmatch(name) and (path / "spec.json").is_file():
                 yield RunFolder(path)
 
     def set_aside(self, run: RunFolder) -> None:
         """Keep an old run under redone/, so that it can be done afresh and nothing is lost."""
         if run.path.exists():
-            target = self.path / "redone" / f"{run.run_id}-{time.time_ns()}"
+            target = self.path / "redone" / f"{run.run_id}-{time.time_ns()}-{uuid.uuid4().hex[:6]}"
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(run.path, target)
@@ -270,24 +370,51 @@ class SuiteFolder:
             return None
         return plan if isinstance(plan, dict) else None
 
+    def planned_at(self) -> float:
+        """When the last `run` began."""
+        with contextlib.suppress(OSError):
+            return (self.path / "suite.json").stat().st_mtime
+        return 0.0
+
+    def ask_to_cancel(self, run_ids: Sequence[str] | None) -> None:
+        """Ask whoever works on these runs, or on any, to end."""
+        runs = None if run_ids is None else list(run_ids)
+        publish_json(self.cancel, {"schema": SCHEMA, "id": uuid.uuid4().hex, "runs": runs})
+
+    def cancel_request(self) -> dict[str, Any]:
+        """The last request to end runs; empty where there was none."""
+        try:
+            request = json.loads(self.cancel.read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return request if isinstance(request, dict) else {}
+
     @contextlib.contextmanager
-    def claim(self) -> Iterator[None]:
-        """Hold the folder for one `run`; raises ResultsError if another holds it."""
+    def writing(self, wait_s: float = 60.0) -> Iterator[bool]:
+        """Hold this while the tables are written; False where another still writes them."""
+        lock = FileLock(self.path / ".lock")
+        held = False
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock")
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ResultsError(
-                f"{self.path}: another `snnbench run` is working here; wait for it, or name "
-                "another folder with --results"
-            ) from error
+            lock.acquire(timeout=wait_s)
+            held = True
+        except Timeout:
+            pass
+        except NotImplementedError:  # a network file system without locks: renaming must do
+            held = True
         except OSError as error:
             raise storage_error(self.path, error) from error
         try:
-            yield
+            yield held
         finally:
             lock.release()
+
+
+def _safe(run_id: str) -> str:
+    """The name of a run, if it is one; raises ResultsError."""
+    if not NAME.fullmatch(run_id):
+        raise ResultsError(f"{run_id[:200]!r} is no name of a run")
+    return run_id
 
 
 def is_locked(path: Path) -> bool:

@@ -17,11 +17,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Ge, Le, Len
+from annotated_types import Ge, Gt, Le, Len
 
 from snnbench import registry
 from snnbench.errors import SuiteError, UsageError
+from snnbench.policy import RunPolicy, SlurmOptions
 from snnbench.spec import (
+    Capacity,
+    Kind,
     MeasureConfig,
     Memory,
     Precision,
@@ -51,6 +54,19 @@ class Axes:
 
 
 @dataclass(frozen=True)
+class Capacities:
+    """The memories that a suite of kind "capacity" asks about, and how far it searches."""
+
+    memory_gib: Annotated[tuple[Annotated[float, Gt(0)], ...], Len(1)] = (1.0,)
+    most_T: Annotated[int, Ge(1)] = 1024
+    most_batch: Annotated[int, Ge(1)] = 65536
+
+    def each(self) -> list[Capacity]:
+        """One search per memory."""
+        return [Capacity(gib, self.most_T, self.most_batch) for gib in self.memory_gib]
+
+
+@dataclass(frozen=True)
 class Suite:
     """The content of a suite file."""
 
@@ -64,11 +80,19 @@ class Suite:
     model: dict[str, Any] = field(default_factory=dict)
     neuron: dict[str, Any] | str = field(default_factory=dict)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    kind: Kind = "train"
+    capacity: Capacities | None = None
     exclude: tuple[dict[str, Any], ...] = ()
+    run: RunPolicy = field(default_factory=RunPolicy)
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)
 
     def __post_init__(self) -> None:
         if not SUITE_NAME.fullmatch(self.name):
             raise ValueError("name: use letters, digits, '.', '_' and '-', at most 64 of them")
+        if (self.kind == "capacity") != (self.capacity is not None):
+            raise ValueError("a [capacity] table belongs to kind = 'capacity', and to no other")
+        if self.kind == "cost" and self.train.steps is None:
+            raise ValueError("kind = 'cost' times train.steps = N steps; give no epochs")
         for axis, values in asdict(self.axes).items():
             if len(set(values)) < len(values):
                 raise ValueError(f"axes.{axis}: the same run stands in it twice")
@@ -206,6 +230,7 @@ def expand(suite: Suite, options: Options) -> list[RunSpec]:
     """
     a = suite.axes
     methods = list(zip(_timesteps(suite), options.methods, strict=True))
+    rooms = [None] if suite.capacity is None else suite.capacity.each()
     steps = dict.fromkeys([*a.T, *itertools.chain.from_iterable(own for own, _ in methods)])
     specs = [
         RunSpec(
@@ -223,9 +248,13 @@ def expand(suite: Suite, options: Options) -> list[RunSpec]:
             precision=precision,
             memory=memory,
             measure=suite.measure,
+            kind=suite.kind,
+            capacity=room,
         )
-        for seed, dataset, model, T, kernel, precision, memory, (own, method) in itertools.product(
-            a.seed, a.dataset, a.model, steps, a.kernel, a.precision, a.memory, methods
+        for seed, dataset, model, T, kernel, precision, memory, room, (own, method) in (
+            itertools.product(
+                a.seed, a.dataset, a.model, steps, a.kernel, a.precision, a.memory, rooms, methods
+            )
         )
         if T in own
     ]

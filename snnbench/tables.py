@@ -1,4 +1,4 @@
-"""Run folders -> tidy tables (one row per run, one per epoch) -> grouped summary.
+"""Run folders -> tidy tables: one row per run, one per epoch, and one per layer.
 
 The columns of runs.csv are a stable contract: later versions append.
 """
@@ -6,21 +6,20 @@ The columns of runs.csv are a stable contract: later versions append.
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from snnbench import stats
 from snnbench.errors import ResultsError
-from snnbench.registry import BUILT_IN
 from snnbench.spec import canonical, digest
-from snnbench.store import FAILURES, RunFolder, SuiteFolder, publish
+from snnbench.store import RunFolder, SuiteFolder, publish
 
+Rows = Callable[[str, RunFolder], list[dict[str, Any]]]
 RUN_COLUMNS = (
     "run_id", "suite", "status", "reason", "dataset", "model", "method", "method_config", "T",
     "seed", "kernel", "precision", "epochs", "test_acc", "test_acc_best_val", "test_acc_best_test",
@@ -33,10 +32,25 @@ RUN_COLUMNS = (
     "eval_s", "measure_s", "wall_s", "overhead_s", "null_reasons", "test_acc_with_heads",
     "grad_cos_bptt_init", "grad_norm_ratio_init", "grad_cos_bptt", "grad_norm_ratio",
     "memory", "precision_path", "kernel_fallbacks", "skipped_steps", "setup_s", "allocator",
+    "kind", "memory_gib", "silent_share", "saturated_share", "dead_layers",
+    "dense_macs_per_sample", "membrane_updates_per_sample", "energy_ac_mac_nj_per_sample",
+    "energy_memory_nj_per_sample", "energy_measured_j", "params_bytes", "grads_bytes",
+    "optimizer_bytes", "activations_bytes", "peak_reserved_bytes", "peak_nvml_bytes", "data_share",
+    "forward_share", "backward_share", "optimizer_share", "images_per_s", "timing_warning",
+    "warm_up_s", "target", "time_to_target_s", "energy_to_target_j", "epochs_to_target",
+    "spikes_to_target", "largest_T", "largest_batch", "capacity_bound", "warnings",
 )  # fmt: skip
 EPOCH_COLUMNS = (
     "run_id", "suite", "dataset", "model", "method", "T", "seed", "epoch", "lr", "train_loss",
     "val_acc", "test_acc", "train_s", "eval_s",
+    # appended
+    "energy_j", "samples", "spikes_per_sample",
+)  # fmt: skip
+LAYER_COLUMNS = (
+    "run_id", "suite", "dataset", "model", "method", "method_config", "T", "seed", "layer", "depth",
+    "neurons", "weights", "spikes_per_sample", "firing_rate", "silent_share", "saturated_share",
+    "window_share", "grad_norm_init", "grad_norm", "sops_per_sample", "macs_per_sample",
+    "dense_macs_per_sample", "membrane_updates_per_sample",
 )  # fmt: skip
 FIDELITY_COLUMNS = (
     "run_id", "suite", "dataset", "model", "method", "method_config", "T", "seed", "epoch",
@@ -46,17 +60,23 @@ FIDELITY_COLUMNS = (
 TEXT_COLUMNS = (
     "run_id", "suite", "status", "reason", "method_config", "init_hash", "order_hash", "data_hash",
     "source_hash", "version", "settings", "settings_hash", "torch", "kernel_fallbacks",
+    "kind", "dead_layers", "timing_warning", "capacity_bound", "warnings",
 )  # fmt: skip
 METRICS = (
     "spikes_per_sample", "firing_rate", "sops_per_sample", "macs_per_sample", "peak_bytes",
     "saved_bytes", "step_ms_p50", "grad_cos_bptt_init", "grad_norm_ratio_init", "grad_cos_bptt",
-    "grad_norm_ratio", "test_acc_with_heads",
+    "grad_norm_ratio", "test_acc_with_heads", "silent_share", "saturated_share",
+    "dense_macs_per_sample", "membrane_updates_per_sample", "energy_ac_mac_nj_per_sample",
+    "energy_memory_nj_per_sample", "energy_measured_j", "params_bytes", "grads_bytes",
+    "optimizer_bytes", "activations_bytes", "peak_reserved_bytes", "peak_nvml_bytes", "data_share",
+    "forward_share", "backward_share", "optimizer_share", "images_per_s", "time_to_target_s",
+    "energy_to_target_j", "epochs_to_target", "spikes_to_target", "largest_T", "largest_batch",
 )  # fmt: skip
 ESTIMATED = ("test_acc", "test_acc_best_val", "test_acc_best_test", "epochs", *METRICS)
 # What must be equal for two runs to share a cell, or a comparison (the latter without the method).
 CELL = (
-    "dataset", "model", "T", "kernel", "precision", "memory", "settings_hash", "machine_id",
-    "method", "method_config",
+    "dataset", "model", "T", "kernel", "precision", "memory", "memory_gib", "settings_hash",
+    "machine_id", "method", "method_config",
 )  # fmt: skip
 
 
@@ -73,6 +93,7 @@ def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
         "model": spec.model_options,
         "neuron": spec.neuron,
         "train": {k: v for k, v in asdict(spec.train).items() if k != "timeout_s"},
+        "kind": spec.kind,
     }
     machine = result.get("machine", {})
     wall_s = sum(e["wall_s"] for e in events if e.get("event") == "exit")
@@ -101,6 +122,11 @@ def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
         "wall_s": wall_s or None,
         "overhead_s": wall_s - sum(worked_s) if once and len(worked_s) == 3 else None,
         **_fidelity_ends(result.get("fidelity") or []),
+        "kind": spec.kind,
+        "memory_gib": None if spec.capacity is None else spec.capacity.memory_gib,
+        "dead_layers": ", ".join(result.get("dead_layers") or []) or None,
+        "warnings": "; ".join(result.get("warnings") or []) or None,
+        **_to_target(spec.measure.target, result),
         "null_reasons": canonical(result["nulls"]) if result.get("nulls") else None,
     }
 
@@ -132,6 +158,52 @@ def _fidelity_ends(seen: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _to_target(target: float | None, result: dict[str, Any]) -> dict[str, Any]:
+    """What training cost until an epoch's test accuracy reached the target; infinity if none did.
+
+    Evaluation does not count. Spikes are those per sample of the validation split after an epoch,
+    times the samples trained on in it.
+    """
+    if target is None or result["status"] != "done":
+        return {"target": target}
+    time_s = spikes = 0.0
+    seen, waiting, counted = 0, 0, True
+    for event in result.get("history") or []:
+        time_s += event["train_s"]
+        waiting, seen = waiting + event["samples"] - seen, event["samples"]
+        if event["test_acc"] is None:
+            continue
+        each = event.get("spikes_per_sample")
+        counted &= each is not None
+        spikes += (each or 0.0) * waiting
+        waiting = 0
+        if event["test_acc"] >= target:
+            return {
+                "target": target,
+                "time_to_target_s": time_s,
+                "energy_to_target_j": event.get("energy_j"),
+                "epochs_to_target": event["epoch"],
+                "spikes_to_target": spikes if counted else None,
+            }
+    never = ("time_to_target_s", "energy_to_target_j", "epochs_to_target", "spikes_to_target")
+    return {"target": target, **dict.fromkeys(never, math.inf)}
+
+
+def layer_rows(suite: str, folder: RunFolder) -> list[dict[str, Any]]:
+    """One row per layer of a finished run, in the order of the data."""
+    spec = folder.spec()
+    try:
+        layers = (folder.result() or {}).get("layers") or []
+    except ResultsError:
+        layers = []
+    fixed = {k: getattr(spec, k) for k in ("dataset", "model", "method", "T", "seed")}
+    fixed |= {"method_config": canonical(spec.method_config), "suite": suite}
+    return [
+        {**fixed, "run_id": folder.run_id, "depth": depth, **layer}
+        for depth, layer in enumerate(layers)
+    ]
+
+
 def fidelity_rows(suite: str, folder: RunFolder) -> list[dict[str, Any]]:
     """One row per layer and epoch at which a finished run's gradients were compared."""
     spec = folder.spec()
@@ -155,38 +227,39 @@ class Writer:
     """
 
     def __init__(self, suite: str, folder: SuiteFolder) -> None:
-        paths = (folder.runs_csv, folder.epochs_csv, folder.fidelity_csv)
-        self._before = {path: _rows(path) for path in paths}
         self._suite, self._folder = suite, folder
-        self._runs: dict[str, dict[str, Any]] = {}
-        self._epochs: dict[str, list[dict[str, Any]]] = {}
-        self._fidelity: dict[str, list[dict[str, Any]]] = {}
+        self._kinds: dict[Path, tuple[Rows, Sequence[str]]] = {
+            folder.runs_csv: (lambda suite, run: [run_row(suite, run)], RUN_COLUMNS),
+            folder.epochs_csv: (epoch_rows, EPOCH_COLUMNS),
+            folder.layers_csv: (layer_rows, LAYER_COLUMNS),
+            folder.fidelity_csv: (fidelity_rows, FIDELITY_COLUMNS),
+        }
+        self._before = {path: _rows(path) for path in self._kinds}
+        self._rows: dict[str, dict[Path, list[dict[str, Any]]]] = {}  # by run
         for run in folder.runs():
             self.read(run)
 
     def read(self, run: RunFolder) -> dict[str, Any]:
         """Take in what a run's folder holds now; its row."""
         try:
-            row = run_row(self._suite, run)
+            rows = {path: make(self._suite, run) for path, (make, _) in self._kinds.items()}
         except ResultsError as error:
             return {"status": "missing", "reason": str(error)}
-        self._runs[run.run_id] = row
-        self._epochs[run.run_id] = epoch_rows(self._suite, run)
-        self._fidelity[run.run_id] = fidelity_rows(self._suite, run)
-        return row
+        self._rows[run.run_id] = rows
+        return rows[self._folder.runs_csv][0]
 
     def write(self) -> None:
-        """Publish the tables, each whole or not at all."""
-        folder, runs = self._folder, [[row] for row in self._runs.values()]
-        self._write(folder.runs_csv, runs, RUN_COLUMNS)
-        self._write(folder.epochs_csv, self._epochs.values(), EPOCH_COLUMNS)
-        if any(self._fidelity.values()) or self._before[folder.fidelity_csv]:
-            self._write(folder.fidelity_csv, self._fidelity.values(), FIDELITY_COLUMNS)
+        """Publish the tables, each whole or not at all; those of layers where there are some."""
+        always = (self._folder.runs_csv, self._folder.epochs_csv)
+        for path, (_, columns) in self._kinds.items():
+            by_run = [rows[path] for rows in self._rows.values()]
+            if path in always or any(by_run) or self._before[path]:
+                self._write(path, by_run, columns)
 
     def _write(
         self, path: Path, by_run: Iterable[list[dict[str, Any]]], columns: Iterable[str]
     ) -> None:
-        kept = [row for row in self._before[path] if row.get("run_id") not in self._runs]
+        kept = [row for row in self._before[path] if row.get("run_id") not in self._rows]
         rows = [*kept, *(row for rows in by_run for row in rows)]
         _publish(path, sorted(rows, key=lambda row: str(row["run_id"])), columns)
 
@@ -232,100 +305,3 @@ def read_runs(folder: SuiteFolder) -> pd.DataFrame:
             "that snnbench wrote?"
         )
     return frame.reindex(columns=[*frame.columns, *(c for c in RUN_COLUMNS if c not in frame)])
-
-
-@dataclass(frozen=True)
-class Cell:
-    """All seeds of one method under one set of conditions."""
-
-    conditions: Mapping[str, Any]
-    label: str
-    n: int
-    estimates: Mapping[str, stats.Estimate | None]
-    vs_bptt: stats.Estimate | None
-
-
-def summarise(frame: pd.DataFrame) -> list[Cell]:
-    """One cell per method, T, dataset, model and whatever else differs, in the order of runs.
-
-    The difference to BPTT pairs runs of one seed that started from the same weights, saw the same
-    batches and data, and ran on one kind of machine.
-    """
-    labels = method_labels(frame)
-    done = frame[frame["status"] == "done"]
-    # One seed counts once, however it was measured; a run with more figures is preferred.
-    done = done.iloc[done["grad_cos_bptt_init"].notna().argsort(kind="stable")]
-    done = done.drop_duplicates([*CELL, "seed"], keep="last").sort_index()
-    pair = zip(done["seed"], done["init_hash"], done["order_hash"], done["data_hash"], strict=True)
-    # A run of unknown origin is nobody's pair.
-    done = done.assign(pair=["|".join(map(str, v)) if all(map(pd.notna, v)) else "" for v in pair])
-    cells = []
-    conditions = [c for c in CELL if c not in ("method", "method_config")]
-    for key, group in done.groupby(conditions, sort=False, dropna=False):
-        baseline = group[group["method"] == "bptt"]
-        shared = dict(zip(conditions, key, strict=True))
-        for (method, config), runs in group.groupby(["method", "method_config"], sort=False):
-            estimates = {name: stats.estimate(_values(runs[name])) for name in ESTIMATED}
-            difference = None
-            if method != "bptt" and baseline["method_config"].nunique() == 1:
-                difference = stats.paired(_by_pair(runs), _by_pair(baseline))
-            where = {**shared, "method": method, "method_config": config}
-            label = labels[str(method), str(config)]
-            cells.append(Cell(where, label, len(runs), estimates, difference))
-    order = {label: i for i, label in enumerate(labels.values())}
-    keys = ("dataset", "model", "kernel", "precision", "settings_hash")
-    return sorted(
-        cells,
-        key=lambda c: (*(str(c.conditions[k]) for k in keys), c.conditions["T"], order[c.label]),
-    )
-
-
-def _values(column: pd.Series) -> list[float]:
-    return [float(v) for v in column if pd.notna(v)]
-
-
-def _by_pair(runs: pd.DataFrame) -> dict[str, float]:
-    """Last-epoch accuracy by everything that makes two runs a pair."""
-    both = zip(runs["pair"], runs["test_acc"], strict=True)
-    return {pair: float(value) for pair, value in both if pair and pd.notna(value)}
-
-
-def method_labels(frame: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Name of each method variant: the options that differ within the method are named too."""
-    variants: dict[str, list[str]] = {}
-    for method, config in zip(frame["method"], frame["method_config"], strict=True):
-        if config not in variants.setdefault(method, []):
-            variants[method].append(config)
-    rank = {name: i for i, name in enumerate(BUILT_IN["methods"])}
-    labels = {}
-    for method in sorted(variants, key=lambda m: (rank.get(m, len(rank)), m)):
-        options = {c: json.loads(c) for c in variants[method]}
-        names = dict.fromkeys(k for o in options.values() for k in o)
-        varied = [k for k in names if len({canonical(o.get(k)) for o in options.values()}) > 1]
-        for config in sorted(options, key=lambda c: [_sortable(options[c].get(k)) for k in varied]):
-            named = "".join(f" {k}={options[config].get(k)}" for k in varied)
-            labels[method, config] = f"{method}{named}"
-    return labels
-
-
-def _sortable(value: Any) -> tuple[bool, float, str]:
-    """Numbers by size, before everything else by text."""
-    number = isinstance(value, int | float)
-    return (not number, float(value) if number else 0.0, str(value))
-
-
-def differing_settings(cells: Iterable[Cell]) -> list[str]:
-    """Names of conditions beyond dataset, model, method and T in which the cells differ."""
-    cells = list(cells)
-    names = ("kernel", "precision", "machine_id", "settings_hash")
-    return [n for n in names if len({str(c.conditions[n]) for c in cells}) > 1]
-
-
-def counts(frame: pd.DataFrame) -> dict[str, int]:
-    """Number of runs by status."""
-    return {str(k): int(v) for k, v in frame["status"].value_counts().items()}
-
-
-def failures(frame: pd.DataFrame) -> pd.DataFrame:
-    """Runs that ended without a measurement, or were skipped, with their reasons."""
-    return frame[frame["status"].isin([*FAILURES, "skipped", "interrupted"])]

@@ -1,213 +1,262 @@
 """The training loop: one network, one method, one dataset, one recipe -> one record.
 
-The method fills `.grad`; everything else happens here, alike for all methods.  The clock times
-training steps only.  Evaluation uses the plain network: after training, the method is gone.
+The clock times training steps only.  Evaluation uses the plain network: after training, the method
+is gone.
 
 All randomness is drawn from sub-seeds of (seed, purpose, epoch), so that two methods share their
-batches, and a run resumed at an epoch sees what an undisturbed one would have seen.
+batches, and a run resumed at any step sees what an undisturbed one would have seen.
 """
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from snnbench import checkpoint
 from snnbench.data.base import Data, Split
-from snnbench.engine import LOSS_SCALE, Engine
 from snnbench.errors import DivergedError
-from snnbench.measure.clock import StepClock, synchronize
-from snnbench.measure.gradients import fidelity
-from snnbench.measure.memory import peak_bytes, reset_peak, saved_bytes
-from snnbench.measure.spikes import Meter
-from snnbench.methods.base import Method
-from snnbench.models.layer import Network
-from snnbench.recipe import Phase, learning_rate, make_optimizer, phases, smooth
-from snnbench.registry import source_hash
-from snnbench.spec import RunSpec, digest, sub_seed
+from snnbench.evaluate import (
+    accuracy,
+    accuracy_and_spikes,
+    accuracy_with_heads,
+    compare_gradients,
+    count_spikes,
+)
+from snnbench.job import Job, Step, prepare, train_step, warm_up
+from snnbench.measure.clock import PARTS, StepClock, quartiles, synchronize, timing_warning
+from snnbench.measure.energy import Joules
+from snnbench.measure.health import gradient_norms
+from snnbench.recipe import Phase, learning_rate, make_optimizer, phases
+from snnbench.spec import digest, sub_seed
 
-PROBE_STEPS = 2
+WARM_UP_STEPS = 2
 AUGMENT_CHUNK = 4096
-CHECKPOINT_EVERY_S = 10.0  # at most; a shorter run is done again sooner than it is written
+EPOCH_CHECKPOINT_S = 10.0  # between epochs; a shorter run is done again sooner than it is written
+LOOK_EVERY = 100  # steps between looks at the loss on a GPU, which make it wait
 
 
 @dataclass
-class Job:
-    """What to train, and where its events and checkpoints go."""
+class Progress:
+    """How far training is: what it works with, and `state`, which a checkpoint holds."""
 
-    spec: RunSpec
-    net: Network
-    method: Method
-    data: Data
-    engine: Engine
-    emit: Callable[[dict[str, Any]], None]
-    save: Callable[[dict[str, Any]], None]
-    checkpoint: Path | None = None
-    stop: Callable[[], None] = lambda: None  # raises where the run shall end early
-
-    @property
-    def device(self) -> torch.device:
-        """Where everything is computed."""
-        return self.engine.device
+    plan: list[Phase]
+    trainable: nn.Module
+    optimizer: torch.optim.Optimizer
+    clock: StepClock
+    joules: Joules
+    state: dict[str, Any]
+    saved_at: float = field(default_factory=time.perf_counter)
 
 
 def train(job: Job) -> dict[str, Any]:
     """Train and evaluate; the metrics of the record. Raises DivergedError on a non-finite loss."""
     net = job.engine.take(job.net)
-    splits = {
-        name: split.to(job.device)
-        for name, split in (
-            ("train", job.data.train),
-            ("val", job.data.val),
-            ("test", job.data.test),
-        )
-    }
+    train_split, val, test = (
+        split.to(job.device) for split in (job.data.train, job.data.val, job.data.test)
+    )
     init_hash = hash_state(net)
-    metrics = probe(job, splits["train"])
+    began = time.perf_counter()
+    warm_up(job, train_split, WARM_UP_STEPS)
+    synchronize(job.device)
+    warm_up_s = time.perf_counter() - began
 
-    trainable, optimizer = prepare(job)
-    batch = min(job.spec.train.batch_size, len(splits["train"]))
-    plan = phases(job.spec, len(splits["train"]) // batch)
-    state: dict[str, Any] = {
-        "epoch": 0, "order_hash": "", "step_ms": [], "history": [], "fidelity": [],
-    }  # fmt: skip
-    if job.checkpoint is not None:
-        state = resume(job, job.checkpoint, trainable, optimizer) or state
-    if state["epoch"] == 0:
-        measure_fidelity(job, splits["train"], plan, state)
-
-    saved_at = time.perf_counter()
-    for phase in plan:
-        if state["epoch"] == phase.first > 0:
-            optimizer = make_optimizer(phase.recipe, trainable)
-            state["step_ms"] = []
+    at = begin(job, train_split)
+    state = at.state
+    if state["epoch"] == state["step"] == 0:
+        measure_fidelity(job, train_split, at)
+    for phase in at.plan:
+        if state["epoch"] == phase.first > 0 and state["step"] == 0:
+            at.optimizer = make_optimizer(phase.recipe, at.trainable)
+            state["step_ms"], state["parts_ms"] = [], dict.fromkeys(PARTS, 0.0)
         for epoch in range(max(state["epoch"], phase.first), phase.end):
-            event = train_epoch(
-                job, trainable, optimizer, splits["train"], plan, phase, epoch, state
-            )
-            began = time.perf_counter()
-            due = (epoch + 1) % job.spec.train.eval_every == 0 or epoch + 1 == phase.end
-            event["val_acc"] = accuracy(job, splits["val"], phase.T) if due else None
-            event["test_acc"] = accuracy(job, splits["test"], phase.T) if due else None
-            event["eval_s"] = time.perf_counter() - began
-            state["epoch"] = epoch + 1
+            event = train_epoch(job, at, train_split, phase, epoch)
+            event |= evaluate_epoch(job, val, test, phase, epoch)
+            state["epoch"], state["step"] = epoch + 1, 0
             state["history"].append(event)
-            measure_fidelity(job, splits["train"], plan, state)
+            measure_fidelity(job, train_split, at)
             job.emit(event)
-            if time.perf_counter() - saved_at > CHECKPOINT_EVERY_S:
-                parts: dict[str, Any] = {"loss_scale": job.engine.loss_scale}
-                parts |= {"trainable": trainable.state_dict(), "optimizer": optimizer.state_dict()}
-                job.save(seal(state | parts))
-                saved_at = time.perf_counter()
+            if time.perf_counter() - at.saved_at > EPOCH_CHECKPOINT_S:
+                save(job, at)
 
     began = time.perf_counter()
-    metrics |= count_spikes(job, splits["test"])
-    if metrics["firing_rate"] is None:
-        why = "no spiking neuron in the network"
-        metrics["nulls"] |= dict.fromkeys(("spikes_per_sample", "firing_rate"), why)
-    metrics["test_acc_with_heads"] = accuracy_with_heads(job, splits["test"])
-    metrics["measure_s"] += time.perf_counter() - began
-    metrics["measure_s"] += sum(at["measure_s"] for at in state["fidelity"])
+    metrics = count_spikes(job, test)
+    for entry in metrics["layers"]:
+        for when in ("grad_norm_init", "grad_norm"):
+            entry[when] = state[when].get(entry["layer"])
+    heads = accuracy_with_heads(job, test)
+    measure_s = time.perf_counter() - began + sum(seen["measure_s"] for seen in state["fidelity"])
+    nulls = metrics.pop("nulls") | (
+        {"energy_measured_j": at.joules.doubt} if at.joules.doubt else {}
+    )
     return {
         **metrics,
-        **summary(state, first=plan[-1].first),
+        **summary(state, first=at.plan[-1].first),
         **job.engine.describe(),
-        "epochs": plan[-1].end,
-        "params_train": sum(p.numel() for p in trainable.parameters()),
+        "energy_measured_j": None if at.joules.doubt else state["joules"],
+        "timing_warning": timing_warning(quartiles(state["step_ms"]), job.device),
+        "images_per_s": state["samples"] / max(sum(e["train_s"] for e in state["history"]), 1e-9),
+        "test_acc_with_heads": heads,
+        "epochs": at.plan[-1].end,
+        "params_train": sum(p.numel() for p in at.trainable.parameters()),
         "params_infer": sum(p.numel() for p in net.parameters()),
         "init_hash": init_hash,
         "order_hash": state["order_hash"],
         "history": state["history"],
         "fidelity": state["fidelity"],
+        "warm_up_s": warm_up_s,
+        "measure_s": measure_s,
+        "nulls": nulls,
     }
 
 
-def train_epoch(
-    job: Job,
-    trainable: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    split: Split,
-    plan: list[Phase],
-    phase: Phase,
-    epoch: int,
-    state: dict[str, Any],
-) -> dict[str, Any]:
-    """All steps of one epoch, timed; its event, without accuracies."""
-    began = time.perf_counter()
-    seed, recipe = job.spec.seed, phase.recipe
-    torch.manual_seed(sub_seed(seed, f"method:{epoch}"))
+def begin(job: Job, split: Split) -> Progress:
+    """The start of training, or the place where an earlier process left it."""
+    trainable, optimizer = prepare(job)
+    batch = min(job.spec.train.batch_size, len(split))
+    state: dict[str, Any] = {
+        "epoch": 0, "step": 0, "order_hash": "", "step_ms": [], "history": [], "fidelity": [],
+        "parts_ms": dict.fromkeys(PARTS, 0.0), "samples": 0, "joules": 0.0, "loss_sum": 0.0,
+        "train_s": 0.0, "grad_norm_init": {}, "grad_norm": {},
+    }  # fmt: skip
+    found = checkpoint.unpack(job.checkpoints, job.engine, trainable, optimizer, job.emit)
+    plan = phases(job.spec, len(split) // batch)
+    clock, joules = StepClock(job.device), Joules(job.device)
+    return Progress(plan, trainable, optimizer, clock, joules, found or state)
+
+
+def save(job: Job, at: Progress) -> None:
+    """Write down where training stands."""
+    job.save(checkpoint.pack(at.state, job.engine, at.trainable, at.optimizer))
+    at.saved_at = time.perf_counter()
+
+
+def train_epoch(job: Job, at: Progress, split: Split, phase: Phase, epoch: int) -> dict[str, Any]:
+    """All steps of one epoch, or those left of it, timed; its event, without accuracies."""
+    seed, recipe, state = job.spec.seed, phase.recipe, at.state
     order = epoch_order(seed, epoch, len(split))
-    state["order_hash"] = digest(state["order_hash"], order.numpy().tobytes())[:16]
     batch = min(recipe.batch_size, len(split))
     epoch_steps = len(split) // batch
     first = (epoch - phase.first) * epoch_steps
     last = min(first + epoch_steps, phase.steps)
-    total, before = sum(p.steps for p in plan), sum(p.steps for p in plan if p.first < phase.first)
-    clock, loss_sum = StepClock(job.device), torch.zeros((), device=job.device)
-    job.net.train()
+    total = sum(p.steps for p in at.plan)
+    before = sum(p.steps for p in at.plan if p.first < phase.first)
     feed = batches(job.data, split, order, batch, seed, epoch)
-    for step, (x_B, y_B) in zip(range(first, last), feed, strict=False):
-        job.stop()
-        lr = learning_rate(recipe, step, phase.steps, epoch_steps)
-        with clock.step():
-            progress = (before + step) / total
-            loss = train_step(job, trainable, optimizer, x_B, y_B, phase.T, lr, progress)
-        loss_sum += loss
-        if (job.device.type == "cpu" or step % 100 == 0) and not loss.isfinite():
-            raise DivergedError(
-                f"the loss became {loss.item()} at step {before + step + 1} of {total}"
-            )
-    synchronize(job.device)
-    state["step_ms"] += clock.drain_ms()
+    if state["step"] == 0:
+        torch.manual_seed(sub_seed(seed, f"method:{epoch}"))
+        state["order_hash"] = digest(state["order_hash"], order.numpy().tobytes())[:16]
+        state |= {"loss_sum": 0.0, "train_s": 0.0}
+    else:
+        for _ in range(state["step"]):  # augmented again: the draws of the rest follow from it
+            next(feed)
+        checkpoint.restore_generators(state.pop("rng"), job.device)
+    loss_sum = torch.tensor(state["loss_sum"], device=job.device)
+    window = Window(job, at, loss_sum)
+    job.net.train()
+    with at.clock.watching(job.net):
+        for step in range(first + state["step"], last):
+            window.rest_if_due()
+            with at.clock.part("data"):
+                x_B, y_B = next(feed)
+            lr = learning_rate(recipe, step, phase.steps, epoch_steps)
+            update = Step(
+                at.trainable, at.optimizer, at.clock, phase.T, lr,
+                progress=(before + step) / total,
+                look=job.device.type == "cpu" or step % LOOK_EVERY == 0,
+                name=f"step {before + step + 1} of {total}",
+            )  # fmt: skip
+            with at.clock.step():
+                loss_sum += train_step(job, update, x_B, y_B)
+            state["step"] += 1
+            state["samples"] += len(x_B)
+            if before + step == 0:
+                state["grad_norm_init"] = gradient_norms(job.net)
+    window.close()
+    state["grad_norm"] = gradient_norms(job.net)
     if not loss_sum.isfinite():
-        raise DivergedError(f"the loss was not finite in epoch {epoch + 1} of {plan[-1].end}")
+        raise DivergedError(f"the loss was not finite in epoch {epoch + 1} of {at.plan[-1].end}")
     return {
         "event": "epoch",
         "epoch": epoch + 1,
-        "epochs": plan[-1].end,
+        "epochs": at.plan[-1].end,
         "T": phase.T,
         "train_loss": loss_sum.item() / (last - first),
         "lr": lr,
-        "train_s": time.perf_counter() - began,
+        "train_s": state["train_s"],
+        "energy_j": None if at.joules.doubt else state["joules"],
+        "samples": state["samples"],
     }
 
 
-def prepare(job: Job) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The network with the method's auxiliary parameters, and their optimizer."""
-    torch.manual_seed(sub_seed(job.spec.seed, "method"))
-    auxiliary = job.method.prepare(job.net)
-    trainable = nn.ModuleList([job.net] if auxiliary is None else [job.net, auxiliary])
-    trainable.to(job.device)
-    return trainable, make_optimizer(job.spec.train, trainable)
+class Window:
+    """A stretch of undisturbed steps: its times and energy are added to the state at its end."""
+
+    def __init__(self, job: Job, at: Progress, loss_sum: Tensor) -> None:
+        self.job, self.at, self.loss_sum = job, at, loss_sum
+        self.open()
+
+    def open(self) -> None:
+        """Start clock and energy counter."""
+        self.at.joules.start()
+        self.began = time.perf_counter()
+
+    def close(self) -> None:
+        """Wait for the device, and add up."""
+        synchronize(self.job.device)
+        state, clock = self.at.state, self.at.clock
+        state["train_s"] += time.perf_counter() - self.began
+        state["joules"] += self.at.joules.stop() or 0.0
+        state["step_ms"] += clock.drain_ms()
+        for part, ms in clock.drain_parts_ms().items():
+            state["parts_ms"][part] += ms
+        state["loss_sum"] = self.loss_sum.item()
+
+    def rest_if_due(self) -> None:
+        """Write a checkpoint where one is due, or where the run is asked to end, which it then
+        does.
+        """
+        late = time.perf_counter() - self.at.saved_at > self.job.checkpoint_every_s
+        try:
+            self.job.stop()
+        except BaseException:
+            if self.at.state["step"]:
+                self.close()
+                save(self.job, self.at)
+            raise
+        if late and self.at.state["step"]:
+            self.close()
+            save(self.job, self.at)
+            self.open()
 
 
-def train_step(
-    job: Job,
-    trainable: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x_B: Tensor,
-    y_B: Tensor,
-    T: int,
-    lr: float,
-    progress: float,
-) -> Tensor:
-    """One update of the parameters; the loss comes back, detached."""
-    config = job.spec.train
-    optimizer.zero_grad(set_to_none=True)
-    x_TB = job.data.encode(x_B, T)
-    target = smooth(y_B, job.data.classes, config.label_smoothing)
-    loss = job.engine.backward(job.method, job.net, x_TB, target, progress)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    job.engine.update(trainable.parameters(), optimizer, config.clip_norm)
-    return loss
+def evaluate_epoch(
+    job: Job, val: Split, test: Split, phase: Phase, epoch: int
+) -> dict[str, float | None]:
+    """Accuracies after an epoch where they are due, and spikes where a target asks for them."""
+    began = time.perf_counter()
+    due = (epoch + 1) % job.spec.train.eval_every == 0 or epoch + 1 == phase.end
+    seen: dict[str, float | None] = {"val_acc": None, "test_acc": None, "spikes_per_sample": None}
+    if due and job.spec.measure.target is not None:
+        seen["val_acc"], seen["spikes_per_sample"] = accuracy_and_spikes(job, val, phase.T)
+    elif due:
+        seen["val_acc"] = accuracy(job, val, phase.T)
+    if due:
+        seen["test_acc"] = accuracy(job, test, phase.T)
+    return seen | {"eval_s": time.perf_counter() - began}
+
+
+def measure_fidelity(job: Job, split: Split, at: Progress) -> None:
+    """Compare the method's gradient with that of BPTT, where that is due."""
+    wanted, epoch, end = job.spec.measure.gradient_fidelity, at.state["epoch"], at.plan[-1].end
+    if wanted is None or (epoch % wanted.every and epoch < end):
+        return
+    phase = next((p for p in at.plan if epoch < p.end), at.plan[-1])
+    seen = compare_gradients(job, split, phase.T, epoch / end)
+    at.state["fidelity"].append(seen | {"epoch": epoch})
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
@@ -228,160 +277,12 @@ def batches(
         yield (x_B, y_B) if data.mix is None else data.mix(x_B, y_B, generator)
 
 
-@torch.no_grad()
-def accuracy(
-    job: Job, split: Split, T: int, forward: Callable[[Tensor], Tensor] | None = None
-) -> float:
-    """Share of samples whose largest time-mean logit is that of their class."""
-    job.net.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=job.device)
-    finite = torch.ones((), dtype=torch.bool, device=job.device)
-    size = job.spec.train.eval_batch_size
-    for x_B, y_B in zip(split.x.split(size), split.y.split(size), strict=True):
-        job.stop()
-        with job.engine.autocast():
-            logits_TBK = (forward or job.net)(job.data.encode(x_B, T))
-        correct += (logits_TBK.mean(0).argmax(1) == y_B).sum()
-        finite &= logits_TBK.isfinite().all()
-    if not finite:
-        raise DivergedError("the logits are not finite at evaluation")
-    return correct.item() / len(split)
-
-
-def accuracy_with_heads(job: Job, split: Split) -> float | None:
-    """Accuracy of the logits with the method's auxiliary heads, for information; None without."""
-    T = job.spec.T
-    with torch.no_grad():
-        job.net.eval()
-        if job.method.predict(job.net, job.data.encode(split.x[:1], T)) is None:
-            return None
-
-    def with_heads(x_TB: Tensor) -> Tensor:
-        logits_TBK = job.method.predict(job.net, x_TB)
-        assert logits_TBK is not None
-        return logits_TBK
-
-    return accuracy(job, split, T, with_heads)
-
-
-def measure_fidelity(job: Job, split: Split, plan: list[Phase], state: dict[str, Any]) -> None:
-    """Compare the method's gradient with that of BPTT on one fixed batch, where that is due."""
-    wanted, epoch = job.spec.measure.gradient_fidelity, state["epoch"]
-    if wanted is None or (epoch % wanted.every and epoch < plan[-1].end):
-        return
-    began = time.perf_counter()
-    phase = next((p for p in plan if epoch < p.end), plan[-1])
-    size = min(job.spec.train.batch_size, len(split))
-    x_TB = job.data.encode(split.x[:size], phase.T)
-    job.net.train()
-    with job.engine.autocast():
-        seen = fidelity(job.method, job.net, x_TB, split.y[:size], epoch / plan[-1].end)
-    seen |= {"epoch": epoch, "T": phase.T, "measure_s": time.perf_counter() - began}
-    state["fidelity"].append(seen)
-
-
-@torch.no_grad()
-def count_spikes(job: Job, split: Split) -> dict[str, Any]:
-    """Spikes and operations per sample of the split, in a pass of their own."""
-    job.net.eval()
-    meter = Meter(job.net)
-    for x_B in split.x.split(job.spec.train.eval_batch_size):
-        job.stop()
-        with job.engine.autocast():
-            job.net(job.data.encode(x_B, job.spec.T), meter)
-    return meter.totals(len(split))
-
-
-def probe(job: Job, split: Split) -> dict[str, Any]:
-    """Memory of a training step, measured on throw-away steps that also warm the machine up.
-
-    Weights, buffers, optimizer and random state are as before afterwards.
-    """
-    began = time.perf_counter()
-    before = {k: v.detach().clone() for k, v in job.net.state_dict().items()}
-    rng = torch.get_rng_state()
-    trainable, optimizer = prepare(job)
-    job.net.train()
-    size = min(job.spec.train.batch_size, len(split))
-    x_B, y_B = split.x[:size].clone(), split.y[:size].clone()
-    x_TB = job.data.encode(x_B, job.spec.T)
-
-    def backward() -> None:
-        job.method.backward(job.net, x_TB, y_B, 0.0)
-
-    known = [*trainable.parameters(), *trainable.buffers(), x_TB, y_B]
-    with job.engine.autocast():
-        saved = saved_bytes(backward, known, *job.engine.keeping)
-    why_not = reset_peak(job.device)
-    for _ in range(PROBE_STEPS):
-        train_step(job, trainable, optimizer, x_B, y_B, job.spec.T, job.spec.train.lr, 0.0)
-    synchronize(job.device)
-    peak: dict[str, Any] = {"peak_bytes": None} if why_not else peak_bytes(job.device)
-
-    job.net.zero_grad(set_to_none=True)
-    job.net.load_state_dict(before)
-    torch.set_rng_state(rng)
-    job.engine.set_loss_scale(LOSS_SCALE)
-    return {
-        "saved_bytes": saved,
-        **peak,
-        "nulls": {"peak_bytes": why_not} if why_not else {},
-        "measure_s": time.perf_counter() - began,
-    }
-
-
-def seal(state: dict[str, Any]) -> dict[str, Any]:
-    """The state with a digest of its content and of the code that computed it."""
-    return {**state, "seal": digest(source_hash(), *_content(state))}
-
-
-def _content(value: Any) -> Iterator[str | bytes]:
-    """Everything in a nested state, in a fixed order."""
-    if isinstance(value, Tensor):
-        yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _content(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _content(item)
-    else:
-        yield repr(value)
-
-
-def resume(
-    job: Job, checkpoint: Path, trainable: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
-    """Load the checkpoint, data and never code; what it says of the epochs done.
-
-    None if it is damaged, does not fit, or was written by other code: the run then starts afresh,
-    and says so.
-    """
-    before = copy.deepcopy((trainable.state_dict(), optimizer.state_dict()))
-    try:
-        saved = torch.load(checkpoint, map_location=job.device, weights_only=True)
-        if saved.pop("seal") != seal(saved)["seal"]:
-            raise ValueError("not what was written, or written by another version of the code")
-        trainable.load_state_dict(saved.pop("trainable"))
-        optimizer.load_state_dict(saved.pop("optimizer"))
-        job.engine.set_loss_scale(saved.pop("loss_scale"))
-        job.emit({"event": "resume", "epoch": saved["epoch"]})
-        return dict(saved)
-    except Exception as error:
-        trainable.load_state_dict(before[0])
-        optimizer.load_state_dict(before[1])
-        reason = f"unusable checkpoint: {type(error).__name__}: {error}"
-        job.emit({"event": "restart", "reason": " ".join(reason.split())[:300]})
-        return None
-
-
 def summary(state: dict[str, Any], first: int = 0) -> dict[str, Any]:
     """Accuracy by the three selection rules, among the epochs of the last phase; the times."""
     history = state["history"]
     evaluated = [e for e in history if e["test_acc"] is not None and e["epoch"] > first]
     by_val = max(evaluated, key=lambda e: e["val_acc"])  # the first of equals
-    p25, p50, p75 = np.percentile(state["step_ms"], [25, 50, 75]).tolist()
+    spent_ms = sum(state["parts_ms"].values())
     return {
         "test_acc": evaluated[-1]["test_acc"],
         "test_acc_best_val": by_val["test_acc"],
@@ -390,10 +291,9 @@ def summary(state: dict[str, Any], first: int = 0) -> dict[str, Any]:
         "val_acc": evaluated[-1]["val_acc"],
         "train_s": sum(e["train_s"] for e in history),
         "eval_s": sum(e["eval_s"] for e in history),
-        "step_ms_p25": p25,
-        "step_ms_p50": p50,
-        "step_ms_p75": p75,
+        **quartiles(state["step_ms"]),
         "steps_timed": len(state["step_ms"]),
+        **{f"{part}_share": ms / spent_ms for part, ms in state["parts_ms"].items()},
     }
 
 

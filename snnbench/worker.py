@@ -6,15 +6,15 @@ components validate a suite's options.
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +22,60 @@ import torch
 
 from snnbench import machine, registry
 from snnbench.allocator import keep_freed_memory
-from snnbench.engine import Engine, resolve_precision, set_matmul_precision
+from snnbench.build import (
+    Context,
+    RunSkipped,
+    build,
+    component,
+    config,
+    device_of,
+    make_engine,
+)
+from snnbench.cost import capacity, measure, probed
+from snnbench.doctor import examine, quick, warnings
 from snnbench.errors import DivergedError, ResultsError, SnnbenchError, WorkerError
-from snnbench.kernels.choice import choose
+from snnbench.isolated import die_with_parent
+from snnbench.job import Job
+from snnbench.lease import Lease
 from snnbench.methods import contract as contract_of_methods
 from snnbench.neurons import LIF, PRESETS, neuron_options
-from snnbench.spec import SCHEMA, RunSpec, did_you_mean, sub_seed, validate
-from snnbench.store import RunFolder, publish
-from snnbench.train import Job, train
+from snnbench.spec import SCHEMA, RunSpec, did_you_mean, validate
+from snnbench.store import RunFolder
+from snnbench.train import train
 
 CLAIM_WAIT_S = 20.0
-
-
-@dataclass(frozen=True)
-class Context:
-    """What belongs to this machine and not to the run: it is no part of the spec."""
-
-    data_root: str
-    allow_unverified_data: bool = False
-    device: str = "auto"
+BEAT_S = 1.0
+ASKED = re.compile(r"(?:allocate|allocated:?) +([\d.]+ *(?:[KMGT]i?B|bytes))", re.IGNORECASE)
+Send = Callable[[dict[str, Any]], None]
+Work = Callable[..., dict[str, Any]]
 
 
 class Stopped(BaseException):
     """The parent asked this process to end; not an Exception, so that nothing swallows it."""
 
 
-class RunSkipped(Exception):
-    """The combination makes no sense or cannot run here; the reason is an outcome."""
+class Fenced(BaseException):
+    """Another machine has taken the run over while this process was suspended."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """How this process came to do the run.
+
+    `parallel_jobs` is how many runs share its device at a time, which disturbs their clocks;
+    `oom_split` lets a run that is out of memory take its batches in smaller parts; `lease` is
+    the ticket of the right to do the run.
+    """
+
+    parallel_jobs: int = 1
+    threads: int | None = None
+    oom_split: bool = False
+    lease: dict[str, Any] = field(default_factory=dict)
+
+    def check_lease(self) -> None:
+        """Raise Fenced where the run belongs to somebody else by now."""
+        if self.lease and not Lease.of(self.lease).holds():
+            raise Fenced
 
 
 def resolve(request: dict[str, Any]) -> dict[str, Any]:
@@ -96,16 +123,18 @@ def resolve(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_data(request: dict[str, Any]) -> dict[str, Any]:
-    """Load each of the `datasets` [[name, options], ...]; the errors, one line each."""
+    """Load each of the `datasets` [[name, options], ...]; the errors, one line each, and the
+    number of GPUs here.
+    """
     context, errors = Context(**request["context"]), []
     for name, options in request["datasets"]:
         try:
-            _build("datasets", name, options).load(
+            component("datasets", name, options).load(
                 Path(context.data_root), context.allow_unverified_data
             )
         except SnnbenchError as error:
             errors.append(str(error))
-    return {"errors": errors}
+    return {"errors": errors, "gpus": torch.cuda.device_count()}
 
 
 def contract(request: dict[str, Any]) -> dict[str, Any]:
@@ -115,24 +144,38 @@ def contract(request: dict[str, Any]) -> dict[str, Any]:
     except SnnbenchError as error:
         return {"errors": [str(error)], "checks": []}
     checks = contract_of_methods.check(
-        lambda options: method(_config(method.Config, options)), method.bptt_limit[0]
+        lambda options: method(config(method.Config, options)), method.bptt_limit[0]
     )
     return {"errors": [], "checks": [asdict(c) for c in checks]}
 
 
-def main(folder: str, context: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
-    """Do one run, whatever comes of it; ends the process."""
+def doctor(request: dict[str, Any]) -> dict[str, Any]:
+    """The machine looked at, as `snnbench doctor` prints it."""
+    try:
+        device = device_of(request["device"])
+    except RunSkipped as error:
+        return {"errors": [str(error)]}
+    keep_freed_memory()
+    seen = examine(device, Path(request["data_root"]), Path(request["results"]))
+    return {"errors": []} | seen
+
+
+def main(folder: str, context: dict[str, Any], send: Send, work: Work | None = None) -> None:
+    """Do one run, whatever comes of it; ends the process. `work` can stand in for training."""
     run = RunFolder(Path(folder))
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which decides
     _print_to(run.log)
     code = 1
     try:
         lock = run.claim(CLAIM_WAIT_S)
         if run.result() is None:
-            _finish(run, Context(**context), send)
+            place = Place(**context.pop("place", {}))
+            _finish(run, Context(**context), place, send, work or _measure)
         lock.release()
         code = 0
+    except Fenced:
+        send({"event": "fenced"})
     except Stopped:
         run.append({"event": "interrupted", "reason": "asked to stop", "time": time.time()})
         send({"event": "stopped"})
@@ -147,30 +190,33 @@ def main(folder: str, context: dict[str, Any], send: Callable[[dict[str, Any]], 
         os._exit(code)  # no time for destructors of a process that is done
 
 
-def _finish(run: RunFolder, context: Context, send: Callable[[dict[str, Any]], None]) -> None:
+def _finish(run: RunFolder, context: Context, place: Place, send: Send, work: Work) -> None:
     """Train, and publish the result or why there is none."""
-    stop = _Stop()
+    stop = _Stop(send)
+    if place.threads:
+        torch.set_num_threads(place.threads)
     began = time.perf_counter()
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "run_id": run.run_id,
         "status": "done",
         "reason": "",
+        "parallel_jobs": place.parallel_jobs,
     }
+    spec = None
     try:
-        spec = run.spec()
+        asked = run.spec()
+        spec, record["reason"] = _after_oom(asked, run)
         run.append(
             {"event": "start", "run_id": run.run_id, "pid": os.getpid(), "time": time.time()}
         )
-        record |= {"spec": spec.to_json(), "source_hash": registry.source_hash()}
+        record |= {"spec": asked.to_json(), "source_hash": registry.source_hash()}
+        record["batch_split"] = spec.train.batch_split
         record["components"] = {
             kind: registry.find(f"{kind}s", getattr(spec, kind)).describe()
             for kind in ("dataset", "model", "method")
         }
-        device = _device(context.device)
-        record["machine"] = machine.describe(device)
-        record["allocator"] = keep_freed_memory()
-        record |= _train(run, spec, context, device, stop, send, record["allocator"])
+        record |= work(run, spec, context, place, stop, send, record)
     except RunSkipped as error:
         record |= {"status": "skipped", "reason": str(error)}
     except DivergedError as error:
@@ -178,33 +224,80 @@ def _finish(run: RunFolder, context: Context, send: Callable[[dict[str, Any]], N
     except ResultsError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        record |= {"status": "oom", "reason": _one_line(error)}
+        record |= {"status": "oom", "reason": _size_asked_for(error)}
     except SnnbenchError as error:
         record |= {"status": "failed", "reason": str(error)}
     except Exception as error:
         traceback.print_exc()
         out_of_memory = isinstance(error, RuntimeError) and "not enough memory" in str(error)
-        status = "oom" if out_of_memory else "failed"
-        record |= {"status": status, "reason": f"{type(error).__name__}: {_one_line(error)}"}
+        if out_of_memory:
+            record |= {"status": "oom", "reason": _size_asked_for(error)}
+        else:
+            reason = f"{type(error).__name__}: {_one_line(error)}"
+            record |= {"status": "failed", "reason": reason}
     stop.ignore()
+    if record["status"] == "oom" and place.oom_split and (parts := _more_parts(spec)):
+        event = {"event": "oom_retry", "batch_split": parts, "reason": record["reason"]}
+        run.append(event)
+        send(event)
+        return
     record["worker_s"] = time.perf_counter() - began
+    place.check_lease()
     run.finish(record)
     if record["status"] == "done":
-        run.checkpoint.unlink(missing_ok=True)
+        run.drop_checkpoints()
 
 
-def _train(
+def _after_oom(spec: RunSpec, run: RunFolder) -> tuple[RunSpec, str]:
+    """What to do, in the parts that the last lack of memory led to, and a word about it."""
+    tried = [e for e in run.events()[0] if e.get("event") == "oom_retry"]
+    if not tried:
+        return spec, ""
+    parts = tried[-1]["batch_split"]
+    reason = f"batches taken in {parts} parts, since in {parts // 2}: {tried[-1]['reason']}"
+    return replace(spec, train=replace(spec.train, batch_split=parts)), reason
+
+
+def _more_parts(spec: RunSpec | None) -> int | None:
+    """Twice as many parts of a batch; None where it cannot be divided so."""
+    if spec is None:
+        return None
+    parts = 2 * spec.train.batch_split
+    return None if spec.train.batch_size % (parts * spec.train.devices) else parts
+
+
+def _size_asked_for(error: BaseException) -> str:
+    """Why there was not enough memory, beginning with the size that was asked for."""
+    text = " ".join(str(error).split())
+    found = ASKED.search(text)
+    asked = found[1] if found else "a size that was not said"
+    return f"out of memory, asked for {asked}: {text[:240] or type(error).__name__}"
+
+
+def _measure(
     run: RunFolder,
     spec: RunSpec,
     context: Context,
-    device: torch.device,
+    place: Place,
     stop: _Stop,
-    send: Callable[[dict[str, Any]], None],
-    allocator: str,
+    send: Send,
+    record: dict[str, Any],
 ) -> dict[str, Any]:
-    """Build what the spec names and train it; the metrics of the record."""
+    """Do what a run of its kind does; the metrics of the record."""
+
+    def fresh(of: RunSpec = spec) -> Job:
+        return build(of, context, make_engine(of, device_of(context.device)))
+
+    # Memory first, in a process of its own: this one then has not touched the device yet.
+    memory = {} if spec.kind == "capacity" else probed(fresh, stop.check)
+    if spec.kind == "capacity":
+        found = capacity(spec, fresh, stop.check)
+    device = device_of(context.device)
+    record["machine"] = machine.describe(device)
+    record["allocator"] = keep_freed_memory()
+    record["warnings"] = warnings(quick(device))
     began = time.perf_counter()
-    engine = _engine(spec, device)
+    engine = make_engine(spec, device)
     setup_s = time.perf_counter() - began
     send(
         {
@@ -213,19 +306,10 @@ def _train(
             "kernel": engine.choice.name,
             "passed_over": list(engine.choice.passed_over),
             "precision": engine.precision,
-            "allocator": allocator,
+            "allocator": record["allocator"],
         }
     )
-    dataset = _build("datasets", spec.dataset, spec.data)
-    data = dataset.load(Path(context.data_root), context.allow_unverified_data)
-
-    method = _build("methods", spec.method, spec.method_config)
-    torch.manual_seed(sub_seed(spec.seed, "init"))
-    Model = registry.find("models", spec.model).load()
-    options = _config(Model.Config, spec.model_options)
-    net = Model(options, data.shape, data.classes, method.neuron or _config(LIF, spec.neuron))
-    if why := method.supports(net, spec.T):
-        raise RunSkipped(why)
+    job = build(spec, context, engine)
 
     def emit(event: dict[str, Any]) -> None:
         run.append(event)
@@ -234,21 +318,19 @@ def _train(
     def save(state: dict[str, Any]) -> None:
         buffer = io.BytesIO()  # torch's own writer hides why a file cannot be written
         torch.save(state, buffer)
-        publish(run.checkpoint, lambda path: path.write_bytes(buffer.getbuffer()))
+        place.check_lease()
+        run.save_checkpoint(buffer.getbuffer())
 
-    job = Job(
-        spec,
-        net,
-        method,
-        data,
-        engine,
-        emit,
-        save,
-        checkpoint=run.checkpoint if run.checkpoint.is_file() else None,
-        stop=stop.check,
-    )
+    job.emit, job.save, job.stop = emit, save, stop.check
+    job.checkpoints = run.checkpoints
+    data = job.data
+    if spec.kind != "capacity":
+        found = train(job) if spec.kind == "train" else measure(job)
+    found["nulls"] = memory.pop("nulls", {}) | found["nulls"]
+    found["measure_s"] += memory.pop("probe_s", 0.0)
     return (
-        train(job)
+        found
+        | memory
         | {
             "setup_s": setup_s,  # of the kernel: compiling it, or loading it
             "data_hash": data.data_hash[:16],
@@ -262,70 +344,32 @@ def _train(
 class _Stop:
     """SIGTERM sets a flag; the training loop looks at it between steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, send: Send) -> None:
         self._asked = False
+        self._send, self._said = send, time.monotonic()
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_: object) -> None:
         self._asked = True
 
     def check(self) -> None:
+        """Raise Stopped if that is wanted; tell the parent now and then that there is progress."""
         if self._asked:
             raise Stopped
+        if time.monotonic() - self._said > BEAT_S:
+            self._said = time.monotonic()
+            self._send({"event": "beat"})
 
     def ignore(self) -> None:
         """Training is over: let the result be written."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _config(cls: Any, values: dict[str, Any]) -> Any:
-    errors: list[str] = []
-    config = validate(cls, values, errors)
-    if config is None:
-        raise ValueError("; ".join(errors))
-    return config
-
-
-def _build(kind: str, name: str, values: dict[str, Any]) -> Any:
-    cls = registry.find(kind, name).load()
-    return cls(_config(cls.Config, values))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RunSkipped("no CUDA device is available here")
-    return torch.device(name)
-
-
-def _engine(spec: RunSpec, device: torch.device) -> Engine:
-    """Kernel, precision and memory as the run asks for them; RunSkipped where one cannot be."""
-    backends = {
-        name: component.load() for name, component in registry.components("kernels").items()
-        if spec.kernel in (name, "auto")
-    }  # fmt: skip
-    precision = resolve_precision(spec.precision, device)
-    try:
-        choice = choose(spec.kernel, backends, device)
-    except RuntimeError as error:
-        raise WorkerError(str(error)) from error
-    if why := set_matmul_precision(precision, device):
-        raise RunSkipped(why)
-    return Engine(device, choice, precision, spec.memory)
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent is gone (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def _print_to(log: Path) -> None:
     """Send everything this process prints, native code included, to the run's log."""
     try:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        file = os.open(log, flags, 0o644)
     except OSError:
         file = os.open(os.devnull, os.O_WRONLY)  # the store reports the unusable folder
     os.dup2(file, 1)

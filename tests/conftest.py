@@ -21,7 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Columns that a clock or the operating system decides; all others must be reproducible.
 TIMING = {
     "train_s", "eval_s", "wall_s", "overhead_s", "measure_s", "worker_s", "setup_s", "step_ms_p25",
-    "step_ms_p50", "step_ms_p75", "steps_timed", "peak_bytes",
+    "step_ms_p50", "step_ms_p75", "steps_timed", "peak_bytes", "activations_bytes", "warm_up_s",
+    "data_share", "forward_share", "backward_share", "optimizer_share", "images_per_s",
+    "timing_warning", "peak_nvml_bytes", "energy_j", "energy_measured_j",
 }  # fmt: skip
 GUEST = Path(__file__).parent / "plugin_faulty"
 PATIENCE_S = 180.0  # the machine may be busy with something else

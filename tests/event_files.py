@@ -1,4 +1,4 @@
-"""Small event files in the formats of the published sets, for readers that are not ours."""
+"""Small files in the formats of the published sets, for readers that are not ours."""
 
 from __future__ import annotations
 
@@ -69,6 +69,13 @@ def write_aedat4(path: Path, events: np.ndarray[Any, Any]) -> None:
     packet = _flatbuffer(b"EVTS", [("vector", rows, len(events))])
     header = _flatbuffer(b"IOHE", [("int", 0, 0), ("long", -1, 0), ("string", info, len(info))])
     path.write_bytes(b"#!AER-DAT4.0\r\n" + header + struct.pack("<ii", 0, len(packet)) + packet)
+
+
+def write_idx(path: Path, values: np.ndarray[Any, Any]) -> None:
+    """MNIST's file: type and number of dimensions, their sizes, then a byte a value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, dtype=">i4").tobytes()
+    path.write_bytes(head + values.astype(np.uint8).tobytes())
 
 
 def _flatbuffer(identifier: bytes, fields: list[tuple[str, Any, int]]) -> bytes:

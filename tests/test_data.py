@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import pickle
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from event_files import write_idx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from snnbench.data.base import Data, Split, balanced, stratified
 from snnbench.data.digits import Digits
-from snnbench.data.vision import CIFAR10, CIFAR100
+from snnbench.data.vision import CIFAR10, CIFAR100, FashionMNIST
 from snnbench.errors import DataError, ExitCode
 
 NOWHERE = Path("/nowhere")
@@ -219,8 +221,7 @@ def test_a_missing_file_is_named_with_the_command_that_gets_it(copy, name):
         without_augment().load(copy, True)
     message = str(caught.value)
     assert str(file) in message
-    assert "snnbench data fetch cifar10" in message
-    assert "--data-root" in message
+    assert f"`snnbench data fetch cifar10 --data-root {copy}`" in message
     assert "\n" not in message
     assert caught.value.exit_code == ExitCode.DATA
 
@@ -260,8 +261,53 @@ def test_the_names_of_the_classes_need_not_be_official_either(copy):
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch"])
 def test_a_damaged_copy_is_one_clear_line(copy, name, content):
     (copy / "cifar-10-batches-py" / name).write_bytes(content)
-    with pytest.raises(DataError, match="cannot be read") as caught:
+    with pytest.raises(DataError, match=f"{name} cannot be read") as caught:
         without_augment().load(copy, True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch"])
+def test_a_truncated_copy_is_named(copy, name):
+    file = copy / "cifar-10-batches-py" / name
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(DataError, match=f"cifar10: .*/{name} cannot be read: ") as caught:
+        without_augment().load(copy, True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        ([*range(10), *range(9)], "data_batch_2 cannot be read: 20 images .uint8. and 19 labels"),
+        ([*range(10), *range(1, 11)], "the training part in .* has a label 10; the 10 classes"),
+        ([*range(10), *range(-1, 9)], "has a label -1"),
+        (["cat"] * 20, "data_batch_2 cannot be read: .* labels .<U3"),
+    ],
+)
+def test_labels_that_cannot_be(copy, labels, why):
+    data = np.zeros((20, 3072), dtype=np.uint8)
+    batch = pickle.dumps({"data": data, "labels": labels})
+    (copy / "cifar-10-batches-py" / "data_batch_2").write_bytes(batch)
+    with pytest.raises(DataError, match=why) as caught:
+        without_augment().load(copy, True)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_images_for_a_validation_split(copy):
+    with pytest.raises(DataError, match="too few images a class for a validation split"):
+        without_augment(val_fraction=0.01).load(copy, True)
+
+
+@pytest.mark.parametrize("name", FashionMNIST.FILES)
+def test_a_truncated_idx_file_is_named(tmp_path, name):
+    home = tmp_path / "FashionMNIST" / "raw"
+    for file in FashionMNIST.FILES:
+        shape = (100, 28, 28) if "images" in file else (100,)
+        write_idx(home / file, np.arange(100).repeat(prod(shape) // 100).reshape(shape) % 10)
+    assert len(FashionMNIST().load(tmp_path, True).test) == 100
+    (home / name).write_bytes((home / name).read_bytes()[:-3])
+    with pytest.raises(DataError, match=f"{name} cannot be read") as caught:
+        FashionMNIST().load(tmp_path, True)
     assert "\n" not in str(caught.value)
 
 

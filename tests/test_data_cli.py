@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from event_files import recording, write_atis
 from typer.testing import CliRunner
 
 from snnbench.cli_data import data_app
+from snnbench.data.folders import TinyImageNet
+from snnbench.data.recordings import NMNIST
+from snnbench.data.vision import CIFAR10, FashionMNIST
 from snnbench.errors import DataError, ExitCode, SuiteError, UsageError
 
 
@@ -51,12 +55,71 @@ def test_list_names_every_set_and_where_it_is(root: Path) -> None:
     assert str(root) in done.stderr
 
 
+def test_list_says_which_parts_are_cut_here(root: Path) -> None:
+    rows = json.loads(data("list", "--json", root=root).stdout)["datasets"]
+    samples = {row["name"]: row["samples"] for row in rows}
+    assert samples["imagenet"] == [1_281_167, None, 50_000]
+    shown = data("list", root=root).stdout
+    assert "1,281,167 + of train + 50,000" in shown
+    assert "8,709 in all" in shown
+    assert "45,000 + 5,000 + 10,000" in shown
+    assert " 0 " not in shown
+
+
+def test_a_fetch_that_failed_leaves_no_set_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = "http://127.0.0.1:9/"
+    for cls in (NMNIST, TinyImageNet, FashionMNIST, CIFAR10):
+        archives = tuple(replace(remote, urls=(closed,)) for remote in cls.archives)
+        monkeypatch.setattr(cls, "archives", archives)
+        assert isinstance(data("fetch", cls.name, root=tmp_path).exception, DataError)
+    rows = json.loads(data("list", "--json", root=tmp_path).stdout)["datasets"]
+    assert {row["name"] for row in rows if row["here"]} == {"digits", "digits-events"}
+
+
+def test_instructions_for_a_manual_download_are_given_once(tmp_path: Path) -> None:
+    done = data("fetch", "imagenet", root=tmp_path)
+    assert isinstance(done.exception, DataError)
+    assert f"{done.output} {done.exception}".count("https://image-net.org/download") == 1
+
+
+@pytest.mark.parametrize("command", ["fetch", "verify", "prepare", "split", "clean", "list"])
+@pytest.mark.parametrize("name", ["nmnist", "cifar10", "tiny-imagenet", "digits-events", "digits"])
+def test_a_data_root_that_is_a_file_is_one_line(tmp_path: Path, command: str, name: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    done = data(command, *([] if command == "list" else [name]), root=file)
+    assert isinstance(done.exception, DataError)
+    assert (
+        str(done.exception) == f"{file}: is no folder; name one with --data-root or SNNBENCH_DATA"
+    )
+
+
+def test_hints_repeat_what_the_user_said(root: Path) -> None:
+    odd = root / "my data"
+    odd.mkdir()
+    (root / "NMNIST").rename(odd / "NMNIST")
+    options = ("--set", "T=4", "--set", "augment=[flip]", "--allow-unverified-data")
+    done = data("prepare", "nmnist", *options, root=odd)
+    expected = (
+        "snnbench data split nmnist --show --set T=4 --set 'augment=[flip]' "
+        f"--allow-unverified-data --data-root '{odd}'"
+    )
+    assert expected in done.stderr
+    assert f"snnbench data verify NAME --data-root '{odd}'" in data("list", root=odd).stderr
+    refused = data("prepare", "nmnist", "--set", "T=4", root=odd)
+    assert f"`snnbench data verify nmnist --data-root '{odd}'`" in str(refused.exception)
+    missing = data("verify", "shd", root=odd)
+    assert f"`snnbench data fetch shd --data-root '{odd}'`" in str(missing.exception)
+
+
 def test_verify_says_what_a_copy_is(root: Path) -> None:
     done = data("verify", "nmnist", root=root)
     assert done.exit_code == ExitCode.DATA
     lines = done.stdout.splitlines()
     assert "train.zip: not there, so that nothing vouches for it" in lines[0]
-    assert "18 train, 2 validation and 4 test recordings; the full set has" in lines[2]
+    assert "20 samples for training and validation, 4 for test; the full set has" in lines[2]
     assert "--allow-unverified-data" in lines[3]
     assert data("verify", "digits", root=root).exit_code == 0
     seen = json.loads(data("verify", "nmnist", "--json", root=root).stdout)
@@ -92,9 +155,9 @@ def test_prepare_split_and_clean(root: Path) -> None:
 
     words = ("split", "nmnist", *options, "--allow-unverified-data")
     short = data(*words, root=root).stdout
-    assert short == f"nmnist: split {made['source']}\n"
+    assert short == f"nmnist: split {made['split']}\n"
     shown = data(*words, "--show", root=root).stdout
-    assert made["source"] in shown
+    assert made["split"] in shown
     assert "samples of test that stand in train too: none" in shown
     report = json.loads(data(*words, "--json", root=root).stdout)
     assert report["per_class"]["test"] == [2, 0, 0, 0, 0, 0, 0, 2, 0, 0]
@@ -129,6 +192,16 @@ def test_wrong_options_are_one_line(
     done = data("prepare", "nmnist", "--set", setting, root=root)
     assert isinstance(done.exception, error)
     assert why in str(done.exception)
+    assert "\n" not in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "setting", ["threshold=0.04", "threshold=1e-9", "threshold=1.6", "step_us=99", "step_us=35001"]
+)
+def test_a_camera_that_sees_no_end_or_nothing_is_refused(tmp_path: Path, setting: str) -> None:
+    done = data("prepare", "digits-events", "--set", setting, root=tmp_path)
+    assert isinstance(done.exception, SuiteError)
+    assert f"data.{setting.partition('=')[0]} = " in str(done.exception)
     assert "\n" not in str(done.exception)
 
 

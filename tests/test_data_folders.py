@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import os
 import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +73,96 @@ def test_tiny_imagenet_needs_the_flag_or_its_archive(
     assert [p for p in (tiny_root / "prepared").iterdir() if p.is_dir()] == []
     lines = TinyImageNet().verify(tiny_root).lines
     assert "not there" in lines[0]
-    assert "20 images for training and 4 for test; the full set has 100,000 and 10,000" in lines[1]
+    assert "20 samples for training and validation, 4 for test; the full set has" in lines[1]
+
+
+@pytest.fixture
+def official_tiny(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder with an archive of it, as if just this had been published."""
+    (remote,) = TinyImageNet.archives
+    home = tiny_root / "tiny-imagenet-200"
+    files = sorted(p for p in home.rglob("*") if p.is_file())
+    with zipfile.ZipFile(home / remote.name, "w") as packed:
+        for file in files:
+            packed.write(file, file.relative_to(tiny_root))
+    md5 = hashlib.md5((home / remote.name).read_bytes()).hexdigest()
+    monkeypatch.setattr(TinyImageNet, "archives", (replace(remote, md5=md5, size=None),))
+    monkeypatch.setattr(TinyImageNet, "info", replace(TinyImageNet.info, sizes=(18, 2, 4)))
+    return tiny_root
+
+
+def other_pixels(home: Path) -> None:
+    file = home / "train/n01/images/n01_3.JPEG"
+    content = bytearray(file.read_bytes())
+    content[-40] ^= 1
+    file.write_bytes(content)
+
+
+def other_labels(home: Path) -> None:
+    notes = home / "val/val_annotations.txt"
+    notes.write_text(notes.read_text().replace("val_00.JPEG\tn02", "val_00.JPEG\tn01"))
+
+
+def one_more(home: Path) -> None:
+    jpeg(home / "train/n01/images/n01_99.JPEG", 5)
+
+
+@pytest.mark.parametrize(
+    ("harm", "odd"),
+    [
+        (other_pixels, "train/n01/images/n01_3.JPEG"),
+        (other_labels, "val/val_annotations.txt"),
+        (one_more, "train/n01/images/n01_99.JPEG"),
+    ],
+)
+def test_the_archive_of_tiny_imagenet_vouches_for_what_is_in_it(
+    official_tiny: Path, harm: Callable[[Path], None], odd: str
+) -> None:
+    before = TinyImageNet().load(official_tiny, False)
+    assert before.verified
+    assert TinyImageNet().verify(official_tiny).verified
+    harm(official_tiny / "tiny-imagenet-200")
+    with pytest.raises(DataError, match=f"1 files are not those of the archives .*{odd}"):
+        TinyImageNet().load(official_tiny, False)
+    assert not TinyImageNet().verify(official_tiny).verified
+    after = TinyImageNet().load(official_tiny, True)
+    assert after.data_hash != before.data_hash
+
+
+def test_a_tiny_imagenet_in_part_is_unpacked_again(official_tiny: Path) -> None:
+    home = official_tiny / "tiny-imagenet-200"
+    (home / "train/n02/images/n02_3.JPEG").unlink()
+    assert not TinyImageNet().verify(official_tiny).verified
+    (home / "val/images/val_11.JPEG").unlink()
+    with pytest.raises(DataError, match=r"val_11\.JPEG: cannot be read"):
+        TinyImageNet().verify(official_tiny)
+    shutil.rmtree(home / "train/n01")
+    with pytest.raises(DataError, match=r"train/n01 is missing; .*data fetch tiny-imagenet"):
+        TinyImageNet().verify(official_tiny)
+    TinyImageNet().fetch(official_tiny)
+    assert TinyImageNet().verify(official_tiny).verified
+
+
+def test_the_split_hash_names_what_is_used(tiny_root: Path) -> None:
+    whole = TinyImageNet().load(tiny_root, True)
+    few = [TinyImageNet(TinyImageNet.Config(train_limit=n)).load(tiny_root, True) for n in (4, 6)]
+    assert [len(data.train) for data in few] == [4, 6]
+    assert len({whole.split_hash, *(data.split_hash for data in few)}) == 3
+
+
+def test_a_file_that_cannot_be_read_is_no_folder_that_cannot_be_written(
+    tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "n01_3.JPEG":
+            raise OSError(errno.EIO, "Input/output error")
+        return usual(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(DataError, match=r"n01_3\.JPEG: cannot be read: Input/output error"):
+        TinyImageNet().load(tiny_root, True)
 
 
 def empty(home: Path) -> None:
@@ -85,13 +181,23 @@ def no_val(home: Path) -> None:
     shutil.rmtree(home / "val")
 
 
+def dangling(home: Path) -> None:
+    (home / "train/n01/images/n01_99.JPEG").symlink_to("nothing")
+
+
+def cut_short(home: Path) -> None:
+    (home.parent / ".tiny-imagenet-200.zip.extracting").mkdir()
+
+
 @pytest.mark.parametrize(
     ("harm", "why"),
     [
         (empty, "n01_3.JPEG: no image"),
         (wide, r"\(3, 32, 64\) and not"),
         (no_notes, "annotations.txt: cannot be read"),
-        (no_val, "data fetch tiny-imagenet"),
+        (no_val, "data fetch tiny-imagenet --data-root"),
+        (dangling, r"n01_99\.JPEG: cannot be read"),
+        (cut_short, "half unpacked; .*data fetch tiny-imagenet --data-root"),
     ],
 )
 def test_a_damaged_folder_is_one_line(tiny_root: Path, harm: Any, why: str) -> None:
@@ -180,6 +286,53 @@ def test_imagenet_cannot_be_fetched_and_says_what_to_do(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"imagenet/train is missing"):
         ImageNet().load(tmp_path, True)
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> bytes:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def test_the_archives_of_imagenet_vouch_for_names_and_sizes(
+    net_root: Path, few_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "imagenet"
+    shutil.copytree(net_root / "imagenet", home)
+    (home / "val/n01/val.JPEG").rename(home / "val/n01/val_1.JPEG")
+    classes = {
+        f"{word}.tar": write_tar(
+            tmp_path / "class.tar",
+            {p.name: p.read_bytes() for p in sorted((home / "train" / word).iterdir())},
+        )
+        for word in ("n01", "n02")
+    }
+    val = {p.name: p.read_bytes() for p in sorted((home / "val").rglob("*.JPEG"))}
+    archives = []
+    for remote, files in zip(ImageNet.archives, (classes, val), strict=True):
+        content = write_tar(home / remote.name, files)
+        archives.append(replace(remote, md5=hashlib.md5(content).hexdigest()))
+    monkeypatch.setattr(ImageNet, "archives", tuple(archives))
+    monkeypatch.setattr(ImageNet, "info", replace(ImageNet.info, sizes=(16, None, 2)))
+
+    def load(allow: bool) -> Any:
+        return ImageNet(ImageNet.Config(val_fraction=0.25)).load(tmp_path, allow)
+
+    before = load(False)
+    assert before.verified
+    assert ImageNet().verify(tmp_path).verified
+    jpeg(home / "train/n01/n01_0.JPEG", 7, 100, 100)  # another image of the same name
+    with pytest.raises(DataError, match=r"not those of the archives .n01/n01_0\.JPEG"):
+        load(False)
+    assert load(True).data_hash != before.data_hash
+    shutil.copy(net_root / "imagenet/train/n01/n01_0.JPEG", home / "train/n01/n01_0.JPEG")
+    assert load(False).data_hash == before.data_hash
+    (home / "train/n01/n01_0.JPEG").rename(home / "train/n02/n01_0.JPEG")  # of another class
+    with pytest.raises(DataError, match="2 files are not those of the archives"):
+        load(False)
 
 
 def test_a_lost_shard_is_packed_again(net_root: Path, few_workers: None, tmp_path: Path) -> None:

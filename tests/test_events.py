@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
+import os
+import re
 import shutil
+import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +20,9 @@ import pytest
 import torch
 from event_files import DTYPE, recording, write_aedat4, write_atis, write_hdf5, write_npy
 from tonic.io import read_mnist_file
+from tonic.transforms import ToFrame
 
-from snnbench.data import prepared, recordings
+from snnbench.data import official, prepared
 from snnbench.data.base import Data, unpack_bits
 from snnbench.data.events import Frames, check
 from snnbench.data.recordings import CIFAR10DVS, NMNIST, SHD, SSC, DVSGesture, NCaltech101
@@ -85,6 +91,44 @@ def test_the_resize_is_that_of_pillow_for_each_polarity() -> None:
         for p in range(2):
             resized = image.fromarray(full[t, p]).resize((12, 12), image.Resampling.BILINEAR)
             assert np.abs(np.asarray(resized).astype(int) - small[t, p]).max() <= 1
+
+
+def test_frames_are_those_of_tonic() -> None:
+    found = recording(np.random.default_rng(6), 5000, 32)
+    for bins, words in (("events", {"n_event_bins": 7}), ("time", {"n_time_bins": 7})):
+        frames = Frames(7, bins, "count", None).make(found, (32, 32, 2))  # type: ignore[arg-type]
+        assert (frames == ToFrame(sensor_size=(32, 32, 2), **words)(found.copy())).all()
+
+
+@pytest.mark.parametrize("most", [32_768, 65_536, 70_000])
+def test_more_events_of_a_pixel_than_16_bits_hold(most: int) -> None:
+    """Tonic's ToFrame would start again: a pixel of 65,536 events would have none."""
+    hot = events(*[(0, 0, 1, 1)] * most, *[(2, 1, 1, 0)] * (most // 2))
+    frames = replace(PLAIN, T=1, value="max").make(hot, SENSOR)
+    assert frames[0, 1, 0, 0] == 255
+    assert frames[0, 0, 1, 2] == 127
+    for value, brightest in (("count", 255), ("binary", 1)):
+        kept = Frames(1, "events", value, None).make(hot, SENSOR)  # type: ignore[arg-type]
+        assert kept[0, 1, 0, 0] == kept[0, 0, 1, 2] == brightest
+        assert kept.sum() == 2 * brightest
+
+
+@pytest.mark.parametrize("size", [1, 7, 12, 16, 31, 32, 40])
+def test_a_resize_loses_no_event_that_is_counted(size: int) -> None:
+    found = recording(np.random.default_rng(7), 200, 32)
+    frames = Frames(4, "events", "count", size).make(found, (32, 32, 2))
+    assert frames.shape == (4, 2, size, size)
+    assert frames.sum() == 200
+    for t, part in enumerate(np.split(found, 4)):
+        places = {(e["p"], e["y"] * size // 32, e["x"] * size // 32) for e in part}
+        assert set(zip(*np.nonzero(frames[t]), strict=True)) == places
+
+
+@pytest.mark.parametrize("last", [10, 11])
+def test_a_recording_too_short_for_frames_of_equal_time(last: int) -> None:
+    short = events((0, 0, 10, 1), (1, 1, 10, 1), (2, 2, last, 0))
+    with pytest.raises(ValueError, match=f"{last - 10} us cannot be divided into 2 frames"):
+        replace(PLAIN, bins="time").make(short, SENSOR)
 
 
 def test_one_dimension() -> None:
@@ -186,6 +230,13 @@ def test_limits_are_balanced_subsets_of_one_store(root: Path) -> None:
     assert few.train.y.bincount()[[0, 7]].tolist() == [5, 5]
     assert whole.data_hash != few.data_hash
     assert len(list((root / "prepared").glob("nmnist-*"))) == 1
+    manifest = json.loads(next((root / "prepared").glob("nmnist-*/manifest.json")).read_text())
+    assert whole.split_hash == manifest["split"]
+    assert nmnist(train_limit=16, test_limit=4).load(root, True).split_hash == whole.split_hash
+    fewer = nmnist(train_limit=10, test_limit=3).load(root, True)
+    hashes = {whole.split_hash, few.split_hash, fewer.split_hash}
+    assert len(hashes) == 3
+    assert all(len(h) == 64 for h in hashes)
 
 
 def test_unverified_recordings_need_the_flag_prepared_or_not(root: Path) -> None:
@@ -195,19 +246,109 @@ def test_unverified_recordings_need_the_flag_prepared_or_not(root: Path) -> None
         nmnist().load(root, True)
 
 
-def test_archives_with_the_right_md5_vouch_for_the_set(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def official_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recordings with archives of them, as if just these had been published."""
+    home, archives = root / "NMNIST", []
+    for remote, part in zip(NMNIST.archives, ("Train", "Test"), strict=True):
+        with zipfile.ZipFile(home / remote.name, "w") as packed:
+            for file in sorted((home / part).rglob("*.bin")):
+                packed.write(file, file.relative_to(home))
+        md5 = hashlib.md5((home / remote.name).read_bytes()).hexdigest()
+        archives.append(replace(remote, md5=md5))
+    monkeypatch.setattr(NMNIST, "archives", tuple(archives))
+    monkeypatch.setattr(NMNIST, "info", replace(NMNIST.info, sizes=(18, 2, 4)))
+    return root
+
+
+def test_official_archives_vouch_for_the_files_unpacked_from_them(official_root: Path) -> None:
+    assert nmnist().load(official_root, False).verified
+    assert nmnist().load(official_root, False).verified  # from what was measured
+    verdict = nmnist().verify(official_root)
+    assert verdict.verified
+    assert "the official archive" in verdict.lines[0]
+    assert verdict.lines[-1].endswith("20 samples for training and validation, 4 for test")
+
+
+def change(home: Path) -> None:
+    file = home / "Train/0/00003.bin"
+    content = bytearray(file.read_bytes())
+    content[0] ^= 1
+    file.write_bytes(content)
+
+
+def shorten(home: Path) -> None:
+    file = home / "Test/7/00001.bin"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def lose_one(home: Path) -> None:
+    (home / "Train/7/00005.bin").unlink()
+
+
+def add_one(home: Path) -> None:
+    write_atis(home / "Train/7/00099.bin", recording(np.random.default_rng(5)))
+
+
+def rename_one(home: Path) -> None:
+    (home / "Train/0/00001.bin").rename(home / "Train/7/00099.bin")
+
+
+def lose_archive(home: Path) -> None:
+    (home / "test.zip").unlink()
+
+
+def other_archive(home: Path) -> None:
+    (home / "test.zip").write_bytes((home / "test.zip").read_bytes() + b"x")
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        (change, "1 files are not those of the archives .Train/0/00003.bin"),
+        (shorten, "1 files are not those of the archives .Test/7/00001.bin"),
+        (lose_one, "1 files are not those of the archives .Train/7/00005.bin"),
+        (add_one, "1 files are not those of the archives .Train/7/00099.bin"),
+        (rename_one, "2 files are not those of the archives .Train/7/00099.bin, Train/0/00001.bin"),
+        (lose_archive, "test.zip: not there, so that nothing vouches for it"),
+        (other_archive, "test.zip: not the official archive"),
+    ],
+)
+@pytest.mark.parametrize("prepared_before", [False, True])
+def test_a_run_and_the_command_judge_a_copy_alike(
+    official_root: Path, harm: Callable[[Path], None], why: str, prepared_before: bool
 ) -> None:
-    for remote in NMNIST.archives:
-        (root / "NMNIST" / remote.name).write_bytes(remote.name.encode())
-    true = tuple(
-        replace(r, md5=recordings.md5_of(root / "NMNIST" / r.name)) for r in NMNIST.archives
-    )
-    monkeypatch.setattr(NMNIST, "archives", true)
-    assert nmnist().load(root, False).verified
-    lines = nmnist().verify(root).lines
-    assert "the official archive" in lines[0]
-    assert "the full set has" in lines[-1]  # two digits are not all of it
+    if prepared_before:
+        assert nmnist().load(official_root, False).verified
+    harm(official_root / "NMNIST")
+    with pytest.raises(DataError, match=why) as caught:
+        nmnist().load(official_root, False)
+    assert "\n" not in str(caught.value)
+    assert f"`snnbench data verify nmnist --data-root {official_root}`" in str(caught.value)
+    assert not nmnist().load(official_root, True).verified
+    verdict = nmnist().verify(official_root)
+    assert not verdict.verified
+    assert re.search(why, "\n".join(verdict.lines))
+
+
+def test_official_archives_of_too_few_samples(
+    official_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NMNIST, "info", replace(NMNIST.info, sizes=(54_000, 6_000, 10_000)))
+    assert not nmnist().verify(official_root).verified
+    with pytest.raises(DataError, match="the full set has 60,000 and 10,000"):
+        nmnist().load(official_root, False)
+
+
+def test_what_was_measured_is_not_measured_for_every_run(
+    official_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nmnist().load(official_root, False)
+    monkeypatch.setattr(official, "md5_of", lambda _: pytest.fail("read again"))
+    assert nmnist().load(official_root, False).verified
+    nmnist().clean(official_root)
+    with pytest.raises(pytest.fail.Exception):
+        nmnist().load(official_root, False)
 
 
 # --- the prepared store -----------------------------------------------------------------------
@@ -260,6 +401,8 @@ def test_a_store_is_made_once_and_serves_without_its_recordings(
     assert after.data_hash == before.data_hash
     assert after.split_hash == before.split_hash
     assert manifest.stat().st_mtime_ns == made
+    with pytest.raises(DataError, match="what it was prepared from is gone"):
+        nmnist().load(root, False)
     with pytest.raises(DataError, match="snnbench data fetch nmnist"):
         nmnist(T=3).load(root, True)
 
@@ -306,28 +449,53 @@ def test_a_store_of_other_recordings_is_made_again(root: Path) -> None:
     assert len(after.train) + len(after.val) == len(before.train) + len(before.val) + 1
 
 
+def test_other_bytes_under_the_same_name_are_noticed(root: Path) -> None:
+    before = nmnist().load(root, True)
+    change(root / "NMNIST")  # of the same size
+    after = nmnist().load(root, True)
+    assert after.split_hash == before.split_hash
+    assert after.data_hash != before.data_hash
+
+
+def test_official_files_gone_vouch_for_nothing(official_root: Path) -> None:
+    assert nmnist().load(official_root, False).verified
+    shutil.rmtree(official_root / "NMNIST/Train")
+    shutil.rmtree(official_root / "NMNIST/Test")
+    with pytest.raises(DataError, match="what it was prepared from is gone"):
+        nmnist().load(official_root, False)
+    assert not nmnist().load(official_root, True).verified
+
+
 def test_a_mapped_split_never_writes_back(root: Path) -> None:
     data = nmnist().load(root, True)
     data.train.x[:] = 0
     assert nmnist().load(root, True).train.x.sum() > 0
 
 
-def _prepare(root: str, answers: Any) -> None:
-    answers.put(nmnist().load(Path(root), True).data_hash)
+def _prepare(root: Path, ready: Any) -> None:
+    def build(half: Path) -> dict[str, Any]:
+        with (root / "built").open("a") as log:
+            log.write(f"{os.getpid()}\n")
+        time.sleep(0.5)  # the other one comes in the meantime
+        np.save(half / "train.x.npy", np.zeros(4, np.uint8))
+        return {"source": "same", "samples": {}}
+
+    ready.wait(60)
+    store = prepared.prepared(root, "set", {"T": 4}, "same", build)
+    assert (store.folder / "train.x.npy").is_file()
 
 
-def test_several_processes_make_one_store(root: Path) -> None:
+def test_several_processes_make_one_store_once(root: Path) -> None:
     context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    workers = [context.Process(target=_prepare, args=(str(root), answers)) for _ in range(2)]
+    ready = context.Barrier(2)
+    workers = [context.Process(target=_prepare, args=(root, ready)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    hashes = {answers.get(timeout=120) for _ in workers}
     for worker in workers:
         worker.join(60)
-    assert hashes == {nmnist().load(root, True).data_hash}
-    folders = [p for p in (root / "prepared").iterdir() if p.is_dir()]
-    assert len(folders) == 1
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert len((root / "built").read_text().splitlines()) == 1
+    assert len([p for p in (root / "prepared").iterdir() if p.is_dir()]) == 1
 
 
 def test_clean_deletes_the_stores_of_one_set(root: Path) -> None:
@@ -347,13 +515,16 @@ def test_a_binary_frame_keeps_a_lone_event_when_it_is_resized() -> None:
     several = np.concatenate([lone] * 2)
     several["t"][1] = 9
     frames = Frames(T=2, bins="events", value="binary", size=48).make(several, (128, 128, 2))
-    # 128 is no multiple of 48: areas overlap, and an event on their border is in both.
-    assert all(1 <= n <= 4 for n in frames.reshape(2, -1).sum(1))
+    assert frames.reshape(2, -1).sum(1).tolist() == [1, 1]
+    assert frames[0, 1, 37 * 48 // 128, 100 * 48 // 128] == 1
 
 
-def test_a_small_subset_keeps_the_share_of_validation(tmp_path: Path) -> None:
-    small = DigitsEvents.Config(T=2, train_limit=100, test_limit=20)
-    data = DigitsEvents(small).load(tmp_path, False)
+def test_a_small_subset_keeps_the_share_of_validation(
+    digits_root: Path, digits_events: Data
+) -> None:
+    small = DigitsEvents.Config(T=5, train_limit=100, test_limit=20)
+    data = DigitsEvents(small).load(digits_root, False)
+    assert data.split_hash not in ("", digits_events.split_hash)
     assert (len(data.train), len(data.test)) == (100, 20)
     assert 10 <= len(data.val) <= 15
 
@@ -372,7 +543,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 def test_a_data_root_that_is_a_file(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(DataError, match="cannot be made") as caught:
+    with pytest.raises(DataError, match="name another folder with --data-root") as caught:
         DigitsEvents().load(file, False)
     assert "\n" not in str(caught.value)
 
@@ -413,8 +584,16 @@ def test_a_bad_recording_is_named_and_leaves_no_store(
 
 def test_missing_recordings(tmp_path: Path) -> None:
     for cls in (NMNIST, NCaltech101, CIFAR10DVS, DVSGesture, SHD, SSC):
-        with pytest.raises(DataError, match=f"snnbench data fetch {cls.name}"):
+        with pytest.raises(DataError) as caught:
             cls().load(tmp_path, True)
+        assert f"`snnbench data fetch {cls.name} --data-root {tmp_path}`" in str(caught.value)
+        assert not cls().present(tmp_path)
+
+
+def test_a_part_that_is_missing_is_named_with_the_command_that_gets_it(root: Path) -> None:
+    shutil.rmtree(root / "NMNIST/Test")
+    with pytest.raises(DataError, match=r"no recording for test; .*data fetch nmnist --data-root"):
+        nmnist().load(root, True)
 
 
 # --- the other formats ------------------------------------------------------------------------
@@ -464,8 +643,9 @@ def test_gestures_are_split_by_person(tmp_path: Path) -> None:
     assert data.train.x.max() > 0
 
 
-def test_ncaltech_labels_are_words_and_boxes_are_no_recordings(tmp_path: Path) -> None:
-    rng = np.random.default_rng(4)
+@pytest.mark.parametrize("folder", ["data", "Annotations"])
+def test_ncaltech_labels_are_words_and_boxes_are_no_recordings(tmp_path: Path, folder: str) -> None:
+    rng, tmp_path = np.random.default_rng(4), tmp_path / folder
     for word in ("ant", "zebra"):
         for i in range(10):
             file = tmp_path / "NCALTECH101" / "Caltech101" / word / f"image_{i:04}.bin"
@@ -519,8 +699,13 @@ def test_a_damaged_hdf5_file_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def digits_events(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    return DigitsEvents(DigitsEvents.Config(T=5)).load(tmp_path_factory.mktemp("data"), False)
+def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def digits_events(digits_root: Path) -> Data:
+    return DigitsEvents(DigitsEvents.Config(T=5)).load(digits_root, False)
 
 
 def test_the_gaze_follows_a_triangle() -> None:
@@ -566,6 +751,16 @@ def test_digits_events_are_fixed_for_ever(digits_events: Data) -> None:
     assert (len(digits_events.val), len(digits_events.test)) == (179, 359)
     assert digits_events.split_hash[:16] == "e5c9cf656425a6a7"
     assert digits_events.data_hash[:16] == "e86ecc8d8e2383c0"
+
+
+@pytest.mark.parametrize("options", [{"threshold": 1.5}, {"threshold": 0.05}, {"step_us": 35_000}])
+def test_the_camera_works_at_its_bounds(options: dict[str, Any]) -> None:
+    x = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    x[:, 0, 2:6, 2:6] = 240
+    c = DigitsEvents.Config(**options)
+    for found in record(x, c.threshold, c.step_us, DigitsEvents.dtype):
+        check(found, DigitsEvents.sensor)
+        assert Frames(4, "time", "count", None).make(found, DigitsEvents.sensor).sum() > 0
 
 
 def test_no_recording_of_digits_stands_in_two_splits(digits_events: Data) -> None:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
+import multiprocessing
+import os
 import shutil
 import socket
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+from event_files import recording, write_atis
 
 from snnbench.data import fetch
 from snnbench.data.fetch import Remote, download, extract
+from snnbench.data.official import contents, misfits
+from snnbench.data.recordings import NMNIST
 from snnbench.data.vision import MNIST
 from snnbench.errors import DataError, ExitCode
 
@@ -300,6 +307,120 @@ def test_a_truncated_archive_unpacks_nothing(tmp_path: Path, kind: int) -> None:
         extract(archive, tmp_path / "into")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "into").iterdir()) == []
+
+
+def test_an_archive_in_an_archive_is_unpacked_too(tmp_path: Path) -> None:
+    inner, _, _ = archives(tmp_path)
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w") as packed:
+        packed.write(inner, "deep/x.zip")
+        packed.writestr("readme", "r")
+    extract(tmp_path / "outer.zip", tmp_path / "into")
+    found = {p.relative_to(tmp_path / "into").as_posix() for p in (tmp_path / "into").rglob("*.*")}
+    assert found == {"inner/a.txt", "b.txt"}
+    listed = contents(tmp_path / "outer.zip")
+    assert {k: size for k, (size, _) in listed.items()} == {
+        "inner/a.txt": 5000, "b.txt": 1, "readme": 1,
+    }  # fmt: skip
+    assert misfits(listed, tmp_path / "into", {}, True) == []
+
+
+def test_contents_of_archives(tmp_path: Path) -> None:
+    made = archives(tmp_path)
+    expected = {"inner/a.txt": (5000, zlib.crc32(b"a" * 5000)), "b.txt": (1, zlib.crc32(b"b"))}
+    assert contents(made[0]) == contents(made[1]) == expected
+    with tarfile.open(tmp_path / "word.tar", "w") as tar:
+        tar.add(tmp_path / "source" / "b.txt", "./b.txt")
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tmp_path / "word.tar", "word.tar")
+    assert contents(tmp_path / "all.tar") == {"word/b.txt": (1, None)}
+    made[0].write_bytes(made[0].read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"x\.zip: a damaged archive"):
+        contents(made[0])
+
+
+@pytest.fixture
+def few(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """N-MNIST of a few recordings, on the server; the data root is empty."""
+    remotes, rng = [], np.random.default_rng(8)
+    for remote, part in zip(NMNIST.archives, ("Train", "Test"), strict=True):
+        home = tmp_path / "source"
+        for digit in range(2):
+            for i in range(10):
+                write_atis(home / part / str(digit) / f"{i:05}.bin", recording(rng))
+        with zipfile.ZipFile(home / remote.name, "w") as packed:
+            for file in sorted((home / part).rglob("*.bin")):
+                packed.write(file, file.relative_to(home))
+        content = (home / remote.name).read_bytes()
+        host.files[remote.name] = content
+        remotes.append(
+            Remote(remote.name, hashlib.md5(content).hexdigest(), (host.url(remote.name),))
+        )
+    monkeypatch.setattr(NMNIST, "archives", tuple(remotes))
+    monkeypatch.setattr(NMNIST, "info", replace(NMNIST.info, sizes=(18, 2, 20)))
+    return tmp_path / "root"
+
+
+def test_recordings_are_fetched_unpacked_and_verified(few: Path) -> None:
+    NMNIST().fetch(few)
+    assert NMNIST().present(few)
+    assert NMNIST().verify(few).verified
+    assert NMNIST(NMNIST.Config(T=2)).load(few, False).verified
+
+
+def _fetch_and_die(root: Path, moves: int) -> None:
+    """Fetch; die without a word, as by SIGKILL, when so many things were moved to their place."""
+    left, move = [None] * moves, fetch._move_into
+
+    def dying(item: Path, target: Path) -> None:
+        if not left:
+            os._exit(9)
+        left.pop()
+        move(item, target)
+
+    fetch._move_into = dying
+    NMNIST().fetch(root)
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_kill_while_files_are_moved_is_noticed_and_mended(few: Path, moves: int) -> None:
+    (few / "NMNIST" / "Train").mkdir(parents=True)  # so that Train's parts move one by one
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_fetch_and_die, args=(few, moves))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 9
+    assert not NMNIST().present(few)
+    for act in (NMNIST().verify, lambda root: NMNIST().load(root, True)):
+        with pytest.raises(DataError, match=r"half unpacked.*data fetch nmnist --data-root") as e:
+            act(few)
+        assert "\n" not in str(e.value)
+    NMNIST().fetch(few)
+    assert NMNIST().verify(few).verified
+
+
+def test_files_that_were_lost_are_unpacked_again(host: Host, few: Path) -> None:
+    NMNIST().fetch(few)
+    asked = len(host.seen)
+    (few / "NMNIST/Train/1/00003.bin").unlink()
+    (few / "NMNIST/Test/0/00001.bin").write_bytes(b"")
+    assert not NMNIST().verify(few).verified
+    NMNIST().fetch(few)
+    assert NMNIST().verify(few).verified
+    assert len(host.seen) == asked
+
+
+def test_an_unpacking_that_fails_leaves_no_set(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zipfile.ZipFile, "extractall", full)
+        with pytest.raises(DataError, match="the disk is full"):
+            NMNIST().fetch(few)
+    assert not NMNIST().present(few)
+    assert [p.name for p in (few / "NMNIST").iterdir() if p.is_dir()] == []
+    NMNIST().fetch(few)
+    assert NMNIST().verify(few).verified
 
 
 def test_a_dataset_is_fetched_unpacked_and_verified(

@@ -112,7 +112,7 @@ def measured(net: Network, x_TB: Tensor, chunk: int | None = None) -> dict[str, 
         net.eval()
         for part in x_TB.split(chunk or x_TB.shape[1], dim=1):
             net(part, meter)
-    return meter.totals(x_TB.shape[1])
+    return meter.totals()
 
 
 def image(*shape: int, static: bool = False) -> Tensor:

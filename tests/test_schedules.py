@@ -42,12 +42,11 @@ def test_time_inheritance_is_two_trainings_in_a_row():
     late.net.load_state_dict(early.net.state_dict())
     late.engine.take(late.net)
     splits = late.data.train
-    trainable, optimizer = training.prepare(late)
-    plan = phases(late.spec, 3)
+    at = training.begin(late, splits)
     for epoch in (0, 1):  # the same batches as epochs 1 and 2 of the run in two phases
-        moved = dataclasses.replace(plan[0], first=1)
-        state = {"order_hash": "", "step_ms": []}
-        training.train_epoch(late, trainable, optimizer, splits, [moved], moved, epoch + 1, state)
+        moved = dataclasses.replace(phases(late.spec, 3)[0], first=1)
+        at.plan, at.state["step"] = [moved], 0
+        training.train_epoch(late, at, splits, moved, epoch + 1)
     for a, b in zip(both.net.parameters(), late.net.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -61,7 +60,7 @@ def test_selection_looks_at_the_last_phase_only():
 
 @pytest.mark.parametrize("save_at", [1, 2])
 def test_a_run_resumed_in_either_phase_equals_an_undisturbed_one(tmp_path, monkeypatch, save_at):
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(training, "EPOCH_CHECKPOINT_S", 0.0)
     recipe = {"T": 2, "epochs": 2, "inherit": Inherit(T=1, epochs=2), "optimizer": "adam"}
     whole = make_job(**recipe)
     expected = training.train(whole)
@@ -91,7 +90,7 @@ def test_fidelity_costs_nothing_when_off_and_changes_nothing_when_on(monkeypatch
     def never(*_):
         raise AssertionError("measured although it is off")
 
-    monkeypatch.setattr(training, "fidelity", never)
+    monkeypatch.setattr(training, "compare_gradients", never)
     assert training.train(make_job("rate"))["fidelity"] == []
 
 

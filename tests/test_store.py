@@ -12,13 +12,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from snnbench import store
-from snnbench.errors import ResultsError
+from snnbench.errors import ResultsError, SchemaError
 from snnbench.spec import RunSpec, TrainConfig
 from snnbench.store import (
     ENDED,
@@ -82,8 +83,8 @@ HOLD = """
     if sys.argv[1] == "run":
         lock = RunFolder(Path(sys.argv[2])).claim(0)
     else:
-        lock = SuiteFolder(Path(sys.argv[2])).claim()
-        lock.__enter__()
+        lock = SuiteFolder(Path(sys.argv[2])).writing(0)
+        assert lock.__enter__()
     print("held", flush=True)
     time.sleep(60)
 """
@@ -191,7 +192,7 @@ def test_storage_errors_are_one_clear_line(
         raise OSError(number, os.strerror(number))
 
     run.append({"event": "start"})
-    monkeypatch.setattr(Path, "open", fail)
+    monkeypatch.setattr(os, "fdopen", fail)
     monkeypatch.setattr(Path, "write_text", fail)
     for write in (lambda: run.append({"n": 1}), lambda: run.finish({"status": "done"})):
         with pytest.raises(ResultsError, match=words) as caught:
@@ -247,10 +248,10 @@ def test_read_only_disk(small_disk: Path) -> None:
     run.create(SPEC)
     run.append({"event": "start"})
     run.claim(0).release()
-    with suite.claim():
-        pass
+    with suite.writing() as held:
+        assert held
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(ResultsError, match="read-only"), suite.claim():
+    with pytest.raises(ResultsError, match="read-only"), suite.writing():
         pass
     with pytest.raises(ResultsError, match="read-only"):
         run.append({"event": "epoch"})
@@ -294,10 +295,10 @@ def test_run_cannot_be_used_where_a_file_is_in_the_way(
         getattr(run, use)(*([0] if use == "claim" else []))
 
 
-def test_suite_cannot_be_claimed_where_a_file_is_in_the_way(tmp_path: Path) -> None:
+def test_tables_cannot_be_written_where_a_file_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("I am a file")
     for folder in (SuiteFolder(tmp_path / "s"), SuiteFolder(tmp_path / "s" / "t")):
-        with pytest.raises(ResultsError, match="a file stands"), folder.claim():
+        with pytest.raises(ResultsError, match="a file stands"), folder.writing():
             pass
 
 
@@ -377,7 +378,7 @@ def test_spec_comes_back_and_is_written_once(run: RunFolder) -> None:
     assert (run.path / "spec.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"schema": 2}', "\xff", "\0"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"schema": "2"}', "\xff", "\0"])
 def test_damaged_spec(run: RunFolder, text: str) -> None:
     (run.path / "spec.json").write_text(text, "latin-1")
     with pytest.raises(ResultsError, match="not a readable run spec") as caught:
@@ -453,26 +454,102 @@ def test_run_that_another_process_works_on(run: RunFolder) -> None:
     run.claim(5).release()
 
 
-def test_two_claims_of_a_suite(tmp_path: Path) -> None:
+def test_tables_are_written_by_one_process_at_a_time(tmp_path: Path) -> None:
     folder = SuiteFolder(tmp_path / "s")
     process = child(HOLD, "suite", folder.path)
-    with (
-        pytest.raises(ResultsError, match="another `snnbench run` is working here"),
-        folder.claim(),
-    ):
-        pass
+    with folder.writing(0) as held:
+        assert not held
     end(process)
-    with folder.claim():
+    with folder.writing(5) as held:
+        assert held
         assert is_locked(folder.path / ".lock")
-    with folder.claim():
-        pass
+    with folder.writing(0) as held:
+        assert held
 
 
-def test_suite_is_let_go_after_an_error(tmp_path: Path) -> None:
+def test_tables_are_let_go_after_an_error(tmp_path: Path) -> None:
     folder = SuiteFolder(tmp_path / "s")
-    with pytest.raises(KeyError), folder.claim():
+    with pytest.raises(KeyError), folder.writing():
         raise KeyError
     assert not is_locked(folder.path / ".lock")
+
+
+# --- results, checkpoints and schemas ----------------------------------------------------------
+
+
+def test_the_first_result_stays(run: RunFolder) -> None:
+    assert run.finish({"status": "done", "n": 1})
+    assert not run.finish({"status": "failed", "n": 2})
+    assert run.result() == {"status": "done", "n": 1}
+    assert not list(run.path.glob(".*.tmp"))
+
+
+def test_of_many_results_at_once_one_is_published(run: RunFolder) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda n: run.finish({"status": "done", "n": n}), range(40)))
+    assert sum(won) == 1
+    assert run.result() == {"status": "done", "n": won.index(True)}
+
+
+def test_the_first_result_stays_on_a_file_system_without_links(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert run.finish({"status": "done", "n": 1})
+    assert not run.finish({"status": "done", "n": 2})
+    assert run.result() == {"status": "done", "n": 1}
+
+
+def test_the_last_two_checkpoints_are_kept(run: RunFolder) -> None:
+    assert run.checkpoints == []
+    for n in (1, 2, 3):
+        run.save_checkpoint(b"%d" % n)
+    assert [p.read_bytes() for p in run.checkpoints] == [b"3", b"2"]
+    run.drop_checkpoints()
+    assert run.checkpoints == []
+    assert not list(run.path.glob("*.pt"))
+
+
+def test_kill_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    code = """
+        import sys
+        from pathlib import Path
+        from snnbench.store import RunFolder
+        run, n = RunFolder(Path(sys.argv[1])), 0
+        while True:
+            run.save_checkpoint(str(n % 10).encode() * 200_000)
+            if n == 1:
+                print("two", flush=True)
+            n += 1
+    """
+    run = RunFolder(tmp_path)
+    for delay in (0.0, 0.002, 0.007, 0.015):
+        process = child(code, tmp_path)
+        time.sleep(delay)
+        end(process)
+        assert run.checkpoints
+        for path in run.checkpoints:
+            assert len(path.read_bytes()) == 200_000
+            assert len(set(path.read_bytes())) == 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"), [(2, "a newer snnbench: update"), (0, "an snnbench too old")]
+)
+def test_a_record_of_another_schema_is_refused_and_not_touched(
+    run: RunFolder, schema: int, words: str
+) -> None:
+    text = json.dumps({"schema": schema, "status": "done"})
+    for name, read in (("result.json", run.status), ("spec.json", run.spec)):
+        (run.path / name).write_text(text)
+        with pytest.raises(SchemaError, match=words) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+        assert str(run.path / name) in str(caught.value)
+        assert (run.path / name).read_text() == text
 
 
 # --- suites -----------------------------------------------------------------------------------

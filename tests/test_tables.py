@@ -21,13 +21,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snnbench import stats, tables
+from snnbench import stats, summary
 from snnbench.errors import ResultsError
-from snnbench.report import content, data, markdown
+from snnbench.report import columns, content, data, latex, markdown
 from snnbench.spec import RunSpec, TrainConfig
 from snnbench.stats import Estimate
 from snnbench.store import RunFolder, SuiteFolder
-from snnbench.tables import RUN_COLUMNS, Cell, Writer, read_runs, summarise
+from snnbench.summary import Cell, summarise
+from snnbench.tables import RUN_COLUMNS, Writer, read_runs
 
 GOLDEN = Path(__file__).parent / "golden"
 CONTRACT = [
@@ -184,6 +185,12 @@ def made(empty: SuiteFolder) -> SuiteFolder:
 def cell(cells: list[Cell], label: str, T: int = 4) -> Cell:
     (found,) = [c for c in cells if c.label == label and c.conditions["T"] == T]
     return found
+
+
+def gap(found: Cell) -> Estimate:
+    """The difference to the baseline, which must be there."""
+    assert found.versus is not None
+    return found.versus.difference
 
 
 def golden(folder: SuiteFolder, name: str, text: str) -> None:
@@ -367,7 +374,7 @@ def test_table_of_an_older_version_has_the_contract_only(made: SuiteFolder) -> N
     old.to_csv(made.runs_csv, index=False)
     cells = summarise(read_runs(made))
     assert cell(cells, "bptt").n == 3
-    assert cell(cells, "tet lamb=0.05").vs_bptt is not None
+    assert cell(cells, "tet lamb=0.05").versus is not None
     assert content.build(made).rows
 
 
@@ -443,11 +450,10 @@ def test_means_and_intervals_by_hand(made: SuiteFolder) -> None:
 
 
 def test_paired_difference_by_hand(made: SuiteFolder) -> None:
-    difference = cell(summarise(read_runs(made)), "tet lamb=0.05").vs_bptt
-    assert difference is not None
+    difference = gap(cell(summarise(read_runs(made)), "tet lamb=0.05"))
     assert (difference.mean, difference.n) == (pytest.approx(0.02), 3)
     assert difference.half == pytest.approx(T_3 * 0.01 / math.sqrt(3), rel=1e-6)
-    assert cell(summarise(read_runs(made)), "bptt").vs_bptt is None
+    assert cell(summarise(read_runs(made)), "bptt").versus is None
 
 
 @pytest.mark.parametrize("key", ["init_hash", "order_hash", "data_hash"])
@@ -456,8 +462,7 @@ def test_pairs_need_equal_weights_batches_and_data(empty: SuiteFolder, key: str)
         done(empty, replace(SPEC, seed=seed), 0.5)
         other = {key: "other"} if seed == 2 else {}
         done(empty, tet(0.05, 4, seed), 0.6 + seed / 10, **other)
-    difference = cell(summarise(read_runs(write(empty))), "tet").vs_bptt
-    assert difference is not None
+    difference = gap(cell(summarise(read_runs(write(empty))), "tet"))
     assert (difference.mean, difference.n) == (pytest.approx(0.15), 2)
 
 
@@ -465,7 +470,7 @@ def test_pairs_need_equal_weights_batches_and_data(empty: SuiteFolder, key: str)
 def test_runs_whose_hash_is_unknown_are_no_pair(empty: SuiteFolder, key: str) -> None:
     done(empty, SPEC, 0.5, **{key: None})
     done(empty, tet(0.05, 4, 0), 0.6, **{key: None})
-    assert cell(summarise(read_runs(write(empty))), "tet").vs_bptt is None
+    assert cell(summarise(read_runs(write(empty))), "tet").versus is None
 
 
 def test_pairs_need_both_accuracies(empty: SuiteFolder) -> None:
@@ -474,8 +479,7 @@ def test_pairs_need_both_accuracies(empty: SuiteFolder) -> None:
         done(empty, tet(0.05, 4, seed), 0.5, test_acc=acc)
     found = cell(summarise(read_runs(write(empty))), "tet")
     assert found.estimates["test_acc"] == stats.estimate([0.5, 0.6])
-    assert found.vs_bptt is not None
-    assert (found.vs_bptt.mean, found.vs_bptt.n) == (pytest.approx(0.05), 2)
+    assert (gap(found).mean, gap(found).n) == (pytest.approx(0.05), 2)
 
 
 @pytest.mark.parametrize(
@@ -492,14 +496,14 @@ def test_difference_is_taken_within_one_condition_only(
     done(empty, tet(0.05, 4, 0), 0.6)
     cells = summarise(read_runs(write(empty)))
     assert len(cells) == 2
-    assert [c.vs_bptt for c in cells] == [None, None]
+    assert [c.versus for c in cells] == [None, None]
 
 
 def test_difference_is_taken_on_one_machine_only(empty: SuiteFolder) -> None:
     done(empty, SPEC, 0.5)
     done(empty, tet(0.05, 4, 0), 0.6, machine={**MACHINE, "machine_id": "other"})
     cells = summarise(read_runs(write(empty)))
-    assert [(c.label, c.vs_bptt) for c in cells] == [("bptt", None), ("tet", None)]
+    assert [(c.label, c.versus) for c in cells] == [("bptt", None), ("tet", None)]
 
 
 def test_a_seed_counts_once_though_it_ran_under_two_time_limits(empty: SuiteFolder) -> None:
@@ -516,7 +520,7 @@ def test_runs_that_are_not_done_are_in_no_cell(made: SuiteFolder) -> None:
 
 
 def test_labels_name_the_options_that_differ(made: SuiteFolder) -> None:
-    labels = tables.method_labels(read_runs(made))
+    labels = summary.method_labels(read_runs(made))
     assert list(labels.values()) == [
         "bptt", "tet lamb=0.05", "tet lamb=0.5", "shortcut", "rate", "grad_scale"
     ]  # fmt: skip
@@ -533,7 +537,7 @@ def test_variants_stand_in_the_order_of_their_values(empty: SuiteFolder) -> None
 def test_labels_are_different_though_an_option_is_new(empty: SuiteFolder) -> None:
     done(empty, replace(SPEC, method="tet", method_config={"lamb": 0.1}), 0.5)
     done(empty, replace(SPEC, method="tet", method_config={"lamb": 0.1, "new": 2}), 0.5)
-    labels = tables.method_labels(read_runs(write(empty)))
+    labels = summary.method_labels(read_runs(write(empty)))
     assert len(set(labels.values())) == 2
 
 
@@ -558,7 +562,7 @@ def test_ten_thousand_rows(seeds: int) -> None:
     assert time.process_time() - began < 5
     assert len(cells) == 10_000 // seeds
     assert {c.n for c in cells} == {seeds}
-    assert all(c.vs_bptt and c.vs_bptt.n == seeds for c in cells if c.label != "bptt")
+    assert all(gap(c).n == seeds for c in cells if c.label != "bptt")
 
 
 # --- report -----------------------------------------------------------------------------------
@@ -570,10 +574,11 @@ def rendered(folder: SuiteFolder) -> dict[str, str]:
         "report.md": markdown.render(built),
         "report.csv": data.to_csv(built),
         "report.json": data.to_json(built),
+        "report.tex": latex.render(built),
     }
 
 
-@pytest.mark.parametrize("name", ["report.md", "report.csv", "report.json"])
+@pytest.mark.parametrize("name", ["report.md", "report.csv", "report.json", "report.tex"])
 def test_report_is_golden(made: SuiteFolder, name: str) -> None:
     golden(made, name, rendered(made)[name])
 
@@ -659,7 +664,9 @@ def test_csv_without_a_run_that_is_done_has_its_header(made: SuiteFolder) -> Non
     header = data.to_csv(content.build(made)).splitlines()[0]
     frame = read_runs(made)
     frame[frame["status"] != "done"].to_csv(made.runs_csv, index=False)
-    assert data.to_csv(content.build(made)).splitlines() == [header]
+    (left,) = data.to_csv(content.build(made)).splitlines()
+    assert left == ",".join(content.RECORD_COLUMNS)
+    assert header.startswith(left)
 
 
 def test_report_without_any_run(empty: SuiteFolder) -> None:
@@ -706,11 +713,11 @@ def test_conditions_that_differ_are_columns(empty: SuiteFolder) -> None:
      (999_999.0, "1 M")],
 )  # fmt: skip
 def test_quantities(value: float, text: str) -> None:
-    assert content.quantity(Estimate(value, None, 1)) == text
+    assert columns.quantity(Estimate(value, None, 1)) == text
 
 
 def test_quantity_of_nothing() -> None:
-    assert content.quantity(None) == content.percent(None) == content.number(None, 2) == "–"
+    assert columns.quantity(None) == columns.percent(None) == columns.number(None, 2) == "–"
 
 
 @given(st.text())

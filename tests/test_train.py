@@ -15,6 +15,7 @@ import torch
 from conftest import without_timing
 from torch import Tensor, nn
 
+from snnbench import recipe as recipes
 from snnbench import registry, train
 from snnbench.data.augment import pipeline
 from snnbench.data.base import Data, Split
@@ -27,7 +28,8 @@ from snnbench.methods.base import Method
 from snnbench.models.convnet import ConvNet
 from snnbench.neurons import LIF
 from snnbench.spec import RunSpec, TrainConfig, sub_seed
-from snnbench.train import Job
+from snnbench.cost import probe
+from snnbench.job import Job, warm_up
 
 # The artificial twin has no spikes and T = 1 only: it is no case of its own for the loop.
 METHODS = [name for name in registry.BUILT_IN["methods"] if name != "ann"]
@@ -84,7 +86,7 @@ def make_job(
         Engine(CPU, choice, resolve_precision(spec.precision, CPU), spec.memory),
         emit=lambda event: job.events.append(event),
         save=lambda state: job.saved.append(state),
-        checkpoint=checkpoint,
+        checkpoints=[checkpoint] if checkpoint else [],
     )
     job.events, job.saved = [], []  # type: ignore[attr-defined]
     return job
@@ -139,7 +141,7 @@ def differs(a: Job, b: Job) -> bool:
 )  # fmt: skip
 def test_learning_rates_by_hand(config, expected):
     recipe = TrainConfig(lr=1.0, epochs=2, **config)
-    got = [train.learning_rate(recipe, step, 8, 4) for step in range(8)]
+    got = [recipes.learning_rate(recipe, step, 8, 4) for step in range(8)]
     assert got == pytest.approx(expected, rel=1e-12)
 
 
@@ -147,7 +149,7 @@ def test_learning_rates_by_hand(config, expected):
 def test_a_step_schedule_drops_at_the_exact_step(step_epochs):
     recipe = TrainConfig(lr=1.0, epochs=9, schedule="step", step_epochs=step_epochs, step_gamma=0.5)
     every = round(10 * step_epochs)
-    got = [math.log2(1 / train.learning_rate(recipe, step, 90, 10)) for step in range(90)]
+    got = [math.log2(1 / recipes.learning_rate(recipe, step, 90, 10)) for step in range(90)]
     assert got == [step // every for step in range(90)]
 
 
@@ -200,9 +202,9 @@ def test_gradients_are_clipped_by_their_common_norm(value, clip, norm):
 
 def test_label_smoothing_by_hand():
     y_B = torch.tensor([2, 0])
-    assert train.smooth(y_B, 4, 0.0) is y_B
+    assert recipes.smooth(y_B, 4, 0.0) is y_B
     expected = torch.tensor([[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]])
-    torch.testing.assert_close(train.smooth(y_B, 4, 0.1), expected)
+    torch.testing.assert_close(recipes.smooth(y_B, 4, 0.1), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -333,9 +335,11 @@ def test_memory_levels_train_the_same_weights_to_the_last_bit(method, kernel, pr
         make_job(method, kernel=kernel, memory=m, precision=precision)
         for m in ("speed", "balanced", "smallest")
     ]
-    speed, balanced, smallest = (train.train(job)["saved_bytes"] for job in jobs)
+    for job in jobs:
+        train.train(job)
     assert_same_weights(jobs[0], jobs[1])
     assert_same_weights(jobs[0], jobs[2])
+    speed, balanced, smallest = (probe(job)["saved_bytes"] for job in jobs)
     assert smallest <= balanced <= speed
     if method in ("bptt", "tet", "shortcut"):
         assert smallest < balanced < speed
@@ -413,24 +417,22 @@ def test_a_batch_larger_than_the_data_is_the_data():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_probe_leaves_no_trace(method):
+def test_the_warm_up_leaves_no_trace(method):
     job = make_job(method)
     before = {k: v.clone() for k, v in job.net.state_dict().items()}
     torch.manual_seed(3)
     rng = torch.get_rng_state()
-    measured = train.probe(job, job.data.train)
-    assert measured["saved_bytes"] > 0
+    warm_up(job, job.data.train, 2)
     assert torch.equal(torch.get_rng_state(), rng)
     assert [k for k, v in job.net.state_dict().items() if not torch.equal(v, before[k])] == []
     assert [k for k, p in job.net.named_parameters() if p.grad is not None] == []
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_is_the_same_with_and_without_the_probe(monkeypatch, method):
+def test_training_is_the_same_with_and_without_the_warm_up(monkeypatch, method):
     with_it, without = make_job(method), make_job(method)
     result = train.train(with_it)
-    keys = ("saved_bytes", "peak_bytes", "nulls", "measure_s")
-    monkeypatch.setattr(train, "probe", lambda *_: {k: result[k] for k in keys})
+    monkeypatch.setattr(train, "warm_up", lambda *_: None)
     assert fixed(train.train(without)) == fixed(result)
     assert_same_weights(with_it, without)
 
@@ -455,13 +457,16 @@ def epoch(number: int, val: float | None, test: float | None) -> dict[str, Any]:
 )
 def test_selection_rules_by_hand(history, last, by_val, val_epoch, best):
     events = [epoch(i, *pair) for i, pair in enumerate(history, 1)]
-    got = train.summary({"history": events, "step_ms": [1.0, 2.0, 3.0, 4.0, 10.0]})
+    got = train.summary(
+        {"history": events, "step_ms": [1.0, 2.0, 3.0, 4.0, 10.0], "parts_ms": {"data": 1, "forward": 3}}
+    )
     assert got["test_acc"] == last
     assert (got["test_acc_best_val"], got["best_val_epoch"]) == (by_val, val_epoch)
     assert got["test_acc_best_test"] == best
     assert (got["train_s"], got["eval_s"]) == (len(history), 0.25 * len(history))
     assert [got[f"step_ms_p{p}"] for p in (25, 50, 75)] == [2.0, 3.0, 4.0]
     assert got["steps_timed"] == 5
+    assert (got["data_share"], got["forward_share"]) == (0.25, 0.75)
 
 
 # --- resume -----------------------------------------------------------------------------------
@@ -486,22 +491,22 @@ def interrupted(job: Job, path: Path, epochs: int, steps_more: int = 2) -> None:
 
 @pytest.fixture
 def save_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0)
+    monkeypatch.setattr(train, "EPOCH_CHECKPOINT_S", 0)
 
 
 @pytest.mark.usefixtures("save_always")
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("optimizer", "steps"), [("sgd", 0), ("sgd", 1), ("adamw", 2)])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, method, optimizer):
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, method, optimizer, steps):
     recipe = {"epochs": 4, "optimizer": optimizer, "lr": 0.1 if optimizer == "sgd" else 0.01}
     data = dataclasses.replace(digits(), augment=pipeline(["crop", "flip"]))
     whole, part = (make_job(method, data=data, **recipe) for _ in range(2))
     result = train.train(whole)
 
-    interrupted(part, tmp_path / "checkpoint.pt", 2)
+    interrupted(part, tmp_path / "checkpoint.pt", 2, steps)
     rest = make_job(method, data=data, checkpoint=tmp_path / "checkpoint.pt", **recipe)
     assert fixed(train.train(rest)) == fixed(result)
-    assert rest.events[0] == {"event": "resume", "epoch": 2}
+    assert rest.events[0] == {"event": "resume", "epoch": 2, "step": steps}
     assert [e["epoch"] for e in rest.events[1:]] == [3, 4]
     assert_same_weights(rest, whole)
     # Optimizer and auxiliary parameters too.

@@ -206,7 +206,7 @@ def test_meter_counts_and_changes_nothing(net):
     x_TB = batch(net)
     with torch.no_grad():
         assert torch.equal(net(x_TB, meter), net(x_TB))
-    totals = meter.totals(B)
+    totals = meter.totals()
     assert len(totals["layers"]) == len(net.layers())
     assert 0 < totals["firing_rate"] < 1
     assert totals["sops_per_sample"] > 0

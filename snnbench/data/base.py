@@ -9,8 +9,9 @@ Normalisation to float happens per batch on the device.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -169,8 +170,8 @@ class Info:
 
     kind: str  # images, events, or simulated events
     classes: int
-    # Samples of train, validation and test; 0 where the split is made here, of what is there.
-    sizes: tuple[int, int, int]
+    # Samples of train, validation and test; None where those are cut here from the ones before.
+    sizes: tuple[int, int | None, int | None]
     shape: str  # of a sample as it is published, as 3x32x32
     licence: str
     home: str = ""  # folder or files below the data root
@@ -179,10 +180,37 @@ class Info:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a copy of a dataset is: one line for each thing looked at."""
+    """What a copy of a dataset is: one line for each thing looked at.
+
+    `why` is one clause where it is not the official copy; `md5` has the sums of its archives.
+    """
 
     verified: bool
     lines: Sequence[str]
+    why: str = ""
+    md5: Mapping[str, str] = field(default_factory=dict)
+
+    def allow(self, name: str, root: Path, allow_unverified: bool) -> bool:
+        """Whether it is verified; raises DataError if it is not, and the user does not allow it."""
+        if not self.verified and not allow_unverified:
+            raise DataError(
+                f"{name}: {self.why}; {command('verify', name, root)} says what this copy is; use "
+                "the official one, or, if you trust this one, --allow-unverified-data"
+            )
+        return self.verified
+
+
+def command(verb: str, name: str, root: Path) -> str:
+    """The whole command, as a user can paste it."""
+    return f"`snnbench data {verb} {name} --data-root {shlex.quote(str(root))}`"
+
+
+def get_it(name: str, root: Path, holds: str) -> str:
+    """What to do about data that is not there; `holds` is what a data root has of it."""
+    return (
+        f"get the data with {command('fetch', name, root)}, or name the folder that holds {holds}/ "
+        "with --data-root or SNNBENCH_DATA"
+    )
 
 
 class Dataset:
@@ -208,7 +236,10 @@ class Dataset:
         raise NotImplementedError
 
     def verify(self, root: Path) -> Verdict:
-        """What the copy below `root` is; raises DataError if there is none."""
+        """What the copy below `root` is, all of it read; raises DataError if there is none.
+
+        Of a dataset that is loaded, `verified` is what this says.
+        """
         verified = self.load(root, True).verified
         return Verdict(verified, ["every checksum fits" if verified else "checksums differ"])
 
@@ -222,7 +253,7 @@ class Dataset:
 
     def present(self, root: Path) -> bool:
         """Whether something of it lies below `root`, or nothing is needed."""
-        return self.info is None or (root / self.info.home).exists()
+        return self.info is None or not self.info.home or (root / self.info.home).is_dir()
 
 
 def stratified(labels: np.ndarray[Any, Any], salt: str, parts: tuple[float, ...]) -> list[Tensor]:

@@ -1,11 +1,13 @@
 """Recordings of event cameras and cochleas, turned into frames; the only door to tonic.
 
 An event is (x, y, t, p): a pixel's brightness changed at time t in microseconds, up or down.  T
-frames are made of a recording by tonic's `ToFrame`: each counts events by pixel and polarity
+frames are made of a recording as tonic slices it: each counts events by pixel and polarity
   - of an equal number of events (`bins = "events"`; what remains of N // T is left out), or
   - of an equal time (`bins = "time"`; what remains of the duration // T is left out).
-The counts become bytes: `value = "max"` divides each frame by its largest count (1 is then 255),
-"count" keeps them up to 255, and "binary" keeps whether there was an event, one bit a pixel.
+They are counted here, since tonic's `ToFrame` counts in 16 bits and starts again beyond 32,767.
+The counts become bytes: `value = "max"` divides each frame by its largest count (1 is then 255) and
+resizes it, bilinear; "count" keeps them up to 255, and "binary" keeps whether there was an event,
+one bit a pixel.  These two are counted in the pixels of the smaller frame, so that none is lost.
 Equal event counts, "max" and a bilinear resize to 48x48 are the protocol of Deng et al. 2022 (TET),
 arXiv 2202.11946, and of Yu et al. 2024 (rate), arXiv 2410.11488, for CIFAR10-DVS.
 
@@ -14,7 +16,7 @@ Shapes: T timesteps, P polarities, H W height, width of the frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -24,12 +26,11 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Lt
 from tonic import __version__ as tonic_version
-from tonic.transforms import ToFrame
+from tonic.slicers import slice_events_by_event_bins, slice_events_by_time_bins
 
 from snnbench.data.augment import pipeline
-from snnbench.data.base import Data, Dataset, Info, Split, balanced, unpack_bits
-from snnbench.data.fetch import make_folder
-from snnbench.data.prepared import Part, Store, clean, exists, prepared, write_splits
+from snnbench.data.base import Data, unpack_bits
+from snnbench.data.prepared import Part, PreparedSet, write_splits
 from snnbench.data.splits import hash_indices
 from snnbench.errors import DataError
 from snnbench.spec import digest
@@ -59,31 +60,41 @@ class Frames:
     def make(self, events: Array, sensor: Sensor) -> Array:
         """The frames of one recording, uint8 [T, *shape(sensor)].
 
-        Raises ValueError where a count does not fit, or there are fewer events than frames.
+        Raises ValueError where there are fewer events, or microseconds, than frames.
         """
-        if self.bins == "events" and len(events) < self.T:
-            raise ValueError(f"{len(events)} events cannot be divided into {self.T} frames")
-        number = {"n_event_bins": self.T} if self.bins == "events" else {"n_time_bins": self.T}
-        counts = ToFrame(sensor_size=sensor, **number)(events)
-        if counts.min() < 0:
-            raise ValueError("more than 32,767 events of one pixel in one frame")
-        frames = counts.reshape(self.T, *counts.shape[1:])
-        if sensor[1] == 1:
-            frames = frames.reshape(self.T, -1)
-        if self.value == "max":
-            most = frames.reshape(self.T, -1).max(1).reshape(-1, *[1] * (frames.ndim - 1))
-            frames = 255 * frames.astype(np.int64) // np.maximum(most, 1)
+        if self.bins == "events":
+            if len(events) < self.T:
+                raise ValueError(f"{len(events)} events cannot be divided into {self.T} frames")
+            slices = slice_events_by_event_bins(events, self.T)
         else:
-            frames = np.minimum(frames, 1 if self.value == "binary" else 255)
-        return self._resize(frames.astype(np.uint8))
+            lasts = int(events["t"][-1]) - int(events["t"][0])
+            if lasts < self.T:
+                raise ValueError(f"{lasts} us cannot be divided into {self.T} frames")
+            slices = slice_events_by_time_bins(events, self.T)
+        width, height, polarities = sensor
+        small = (self.size or height, self.size or width) if height > 1 else (1, width)
+        at_once = (height, width) if self.value == "max" else small
+        grid = (polarities, *at_once)
+        counts = np.stack([_count(part, sensor, grid) for part in slices])
+        if self.value == "max":
+            counts = 255 * counts // np.maximum(counts.max(axis=(1, 2, 3), keepdims=True), 1)
+        frames = np.minimum(counts, 1 if self.value == "binary" else 255).astype(np.uint8)
+        if at_once != small:
+            large = torch.from_numpy(frames)
+            frames = F.interpolate(large, small, mode="bilinear", antialias=True).numpy()
+        shaped: Array = frames.reshape(self.T, *self.shape(sensor))
+        return shaped
 
-    def _resize(self, frames: Array) -> Array:
-        if self.size is None or frames.ndim == 2 or frames.shape[-2:] == (self.size, self.size):
-            return frames
-        whole, target = torch.from_numpy(frames), (self.size, self.size)
-        if self.value == "binary":  # any event in the area; an average would round a lone one away
-            return F.adaptive_max_pool2d(whole.float(), target).to(torch.uint8).numpy()
-        return F.interpolate(whole, target, mode="bilinear", antialias=True).numpy()
+
+def _count(events: Array, sensor: Sensor, grid: tuple[int, int, int]) -> Array:
+    """How many events each pixel of the grid [P, H, W] holds, int64: each event is in one."""
+    width, height, _ = sensor
+    polarities, H, W = grid
+    column = events["x"].astype(np.int64) * W // width
+    row = events["y"].astype(np.int64) * H // height if "y" in (events.dtype.names or ()) else 0
+    p = events["p"].astype(np.int64) if polarities > 1 else 0
+    counts: Array = np.bincount((p * H + row) * W + column, minlength=polarities * H * W)
+    return counts.reshape(grid)
 
 
 def check(events: Array, sensor: Sensor) -> None:
@@ -118,12 +129,11 @@ class Recordings:
 
 @dataclass(frozen=True)
 class Source:
-    """All recordings of a set, and the indices of its three splits."""
+    """All recordings of a set in its three splits."""
 
     train: Recordings
     val: Recordings
     test: Recordings
-    verify: Callable[[], tuple[bool, Mapping[str, str]]]  # reads it all: official, and MD5 sums
 
     @property
     def split_hash(self) -> str:
@@ -163,7 +173,7 @@ class FrameConfig:
 OF_LOADING = ("augment", "train_limit", "test_limit")  # options that change no prepared byte
 
 
-class EventSet(Dataset):
+class EventSet(PreparedSet):
     """Recordings of events as T frames each, prepared once and then memory-mapped."""
 
     @dataclass(frozen=True)
@@ -172,17 +182,10 @@ class EventSet(Dataset):
 
         val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
 
-    name: ClassVar[str]
-    classes: ClassVar[int]
-    info: ClassVar[Info]
     sensor: ClassVar[Sensor]
 
     def open(self, root: Path) -> Source:
         """The recordings below `root`; raises DataError if they are missing."""
-        raise NotImplementedError
-
-    def is_there(self, root: Path) -> bool:
-        """Whether the recordings are there, and not only what was prepared from them."""
         raise NotImplementedError
 
     @property
@@ -196,76 +199,35 @@ class EventSet(Dataset):
         options = {k: v for k, v in asdict(self.config).items() if k not in OF_LOADING}
         return {**options, "sensor": list(self.sensor), "tonic": tonic_version}
 
-    def prepare(self, root: Path, allow_unverified: bool) -> Mapping[str, Any]:
-        """Make the store where it is missing; its folder and manifest."""
-        store = self._store(root, allow_unverified)
-        return {"folder": str(store.folder), **store.manifest}
-
-    def clean(self, root: Path) -> Sequence[Path]:
-        """Delete every store of this set, and what is left of half-made ones."""
-        return clean(root, self.name)
-
     def load(self, root: Path, allow_unverified: bool) -> Data:
         """All three splits from the store, prepared first where that is due."""
-        c, store = self.config, self._store(root, allow_unverified)
-        train, val, test = (store.split(name) for name in ("train", "val", "test"))
-        whole = c.train_limit is None and c.test_limit is None
-        if c.train_limit is not None:
-            share = len(val) / (len(train) + len(val))  # of the whole split, kept in the small one
-            limit = max(self.classes, round(c.train_limit * share))
-            train = _limited(train, f"{self.name}-train", c.train_limit)
-            val = _limited(val, f"{self.name}-val", limit)
-        test = _limited(test, f"{self.name}-test", c.test_limit)
+        c = self.config
+        store, verdict = self.store(root, allow_unverified)
+        splits, split_hash = self.used(store)
         packed = self.frames.shape(self.sensor) if c.value == "binary" else None
         return Data(
-            train,
-            val,
-            test,
+            *splits,
             classes=self.classes,
             mean=(0.0,),
             std=(1.0,),
-            verified=bool(store.manifest["verified"]),
+            verified=verdict.verified,
             augment=_augment(c.augment, packed),
             T=c.T,
             scale=255.0 if c.value == "max" else 1.0,
             packed=packed,
-            split_hash=str(store.manifest["source"]) if whole else "",
+            split_hash=split_hash,
         )
 
-    def _store(self, root: Path, allow_unverified: bool) -> Store:
-        made = exists(root, self.name, self.recipe())
-        if not made:
-            make_folder(root / "prepared")  # before the work of reading recordings
-        there = self.is_there(root) or not made
-        source = self.open(root) if there else None
-
-        def build(half: Path) -> dict[str, Any]:
-            # A store that is damaged needs its recordings again: `open` says where they are gone.
-            found = source or self.open(root)
-            verified, md5 = found.verify()
-            self._allow(verified, allow_unverified)
-            parts = {n: self._part(getattr(found, n)) for n in ("train", "val", "test")}
-            return {
-                "samples": write_splits(half, parts, f"prepare {self.name}", self.progress),
-                "source": found.split_hash,
-                "md5": dict(md5),
-                "verified": verified,
-                "shape": [self.config.T, *self.frames.shape(self.sensor)],
-                "bits": self.config.value == "binary",
-            }
-
-        known = None if source is None else source.split_hash
-        store = prepared(root, self.name, self.recipe(), known, build)
-        self._allow(bool(store.manifest["verified"]), allow_unverified)
-        return store
-
-    def _allow(self, verified: bool, allow_unverified: bool) -> None:
-        if not verified and not allow_unverified:
-            raise DataError(
-                f"{self.name}: the recordings are not known to be the official ones; `snnbench "
-                f"data verify {self.name}` says what they are; use the official copy, or, if you "
-                "trust this one, --allow-unverified-data"
-            )
+    def fill(self, root: Path, half: Path) -> dict[str, Any]:
+        """Turn every recording into frames."""
+        source = self.open(root)
+        parts = {name: self._part(getattr(source, name)) for name in ("train", "val", "test")}
+        return {
+            "samples": write_splits(half, parts, f"prepare {self.name}", self.progress),
+            "split": source.split_hash,
+            "shape": [self.config.T, *self.frames.shape(self.sensor)],
+            "bits": self.config.value == "binary",
+        }
 
     def _part(self, recordings: Recordings) -> Part:
         def samples() -> Iterator[Array]:
@@ -284,13 +246,6 @@ class EventSet(Dataset):
                 yield frames
 
         return Part(samples(), recordings.labels)
-
-
-def _limited(split: Split, salt: str, limit: int | None) -> Split:
-    if limit is None:
-        return split
-    index = balanced(split.y.numpy(), salt, limit)
-    return Split(split.x[index], split.y[index])
 
 
 def _augment(names: Sequence[str], packed: tuple[int, ...] | None) -> Any:

@@ -17,6 +17,7 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from snnbench.errors import DataError
 BLOCK = 1 << 20
 TIMEOUT_S = 60.0
 ATTEMPTS = 4  # at one address, as long as each brings something new
+# What the readers of archives raise where one is damaged.
+DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -82,32 +85,58 @@ def make_folder(folder: Path) -> None:
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Unpack a .zip, .tar.gz or .gz into `folder`, all or nothing; raises DataError if damaged."""
+    """Unpack a .zip (and those in it), .tar.gz or .gz into `folder`; DataError if damaged.
+
+    Everything is unpacked into a folder beside, and then renamed into its place.  That folder goes
+    last: while it is there, `cut_short` says that what was unpacked may not be all.
+    """
     make_folder(folder)
-    half = folder / f".{archive.name}.extracting"
-    shutil.rmtree(half, ignore_errors=True)
-    try:
-        half.mkdir()
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as packed:
-                packed.extractall(half)
-        elif archive.name.endswith((".tar.gz", ".tgz", ".tar")):
-            with tarfile.open(archive) as tar:
-                tar.extractall(half, filter="data")
-        else:
-            with gzip.open(archive) as source, (half / archive.stem).open("wb") as out:
-                shutil.copyfileobj(source, out, BLOCK)
-        for item in sorted(half.iterdir()):
-            _move_into(item, folder / item.name)
-    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, ValueError) as error:
-        raise DataError(
-            f"{archive}: a damaged archive, nothing was unpacked ({' '.join(str(error).split())}); "
-            "delete it and fetch it again"
-        ) from error
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
+    half = _half(archive.name, folder)
+    with FileLock(archive.with_name(f".{archive.name}.lock")):
+        try:
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir()
+            _unpack(archive, half)
+            for inner in sorted(half.rglob("*.zip")):
+                _unpack(inner, half)
+                inner.unlink()
+        except BaseException as error:
+            shutil.rmtree(half, ignore_errors=True)
+            if isinstance(error, DAMAGE):
+                raise DataError(
+                    f"{archive}: a damaged archive, nothing was unpacked "
+                    f"({' '.join(str(error).split())}); delete it and fetch it again"
+                ) from error
+            if isinstance(error, OSError):
+                raise _cannot_write(folder, error) from error
+            raise
+        try:
+            for item in sorted(half.iterdir()):
+                _move_into(item, folder / item.name)
+            shutil.rmtree(half)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+
+
+def cut_short(archive: str, folder: Path) -> bool:
+    """Whether an unpacking of the archive into the folder has not come to its end."""
+    return _half(archive, folder).exists()
+
+
+def _half(archive: str, folder: Path) -> Path:
+    return folder / f".{archive}.extracting"
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(folder)
+    elif archive.name.endswith((".tar.gz", ".tgz", ".tar")):
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    else:
+        with gzip.open(archive) as source, (folder / archive.stem).open("wb") as out:
+            shutil.copyfileobj(source, out, BLOCK)
 
 
 def md5_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -209,7 +238,7 @@ def _cannot_write(path: Path, error: OSError) -> DataError:
 
 
 def _move_into(item: Path, target: Path) -> None:
-    """Move a file or a folder to its place, into a folder that is there already."""
+    """Rename a file or a folder to its place; its parts, where a folder is there already."""
     if item.is_dir() and target.is_dir():
         for inner in sorted(item.iterdir()):
             _move_into(inner, target / inner.name)

@@ -6,7 +6,8 @@ small sets.  ImageNet is too large for that: see `imagenet.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeAlias
@@ -19,14 +20,16 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from snnbench.data import augment as augmenting
-from snnbench.data import mix
-from snnbench.data.base import Data, Dataset, Info, Split, Verdict, balanced
-from snnbench.data.fetch import Remote, download, extract, md5_of
-from snnbench.data.prepared import Part, Store, clean, exists, prepared, write_splits
+from snnbench.data import mix, official
+from snnbench.data.base import Data, Info, Verdict, get_it
+from snnbench.data.fetch import Remote
+from snnbench.data.prepared import Part, PreparedSet, write_splits
 from snnbench.data.splits import hash_indices, validation
 from snnbench.errors import DataError
+from snnbench.spec import digest
 
 Array: TypeAlias = np.ndarray[Any, Any]
+NOTES = "val/val_annotations.txt"  # of Tiny-ImageNet
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pixels
 
 
@@ -43,11 +46,27 @@ def by_class(folder: Path, classes: Sequence[str]) -> Listing:
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(
-            p for p in (folder / name).rglob("*") if p.suffix.lower() in (".jpeg", ".jpg")
+            (place, file)
+            for place, _, files in os.walk(folder / name)
+            for file in files
+            if file.lower().endswith((".jpeg", ".jpg"))
         )
-        paths += found
+        paths += [Path(*parts) for parts in found]
         labels += [label] * len(found)
     return Listing(paths, np.array(labels, dtype=np.int64))
+
+
+def classes_in(folder: Path) -> list[str]:
+    """Names of the folders in it, in order; none where it is missing."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
+def read(path: Path) -> bytes:
+    """The content of a file; raises DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def decode(content: bytes | Array, name: object) -> Tensor:
@@ -62,107 +81,69 @@ def decode(content: bytes | Array, name: object) -> Tensor:
     return image
 
 
-class Folders(Dataset):
+class Folders(PreparedSet):
     """Images in folders by class, prepared once; validation is cut from train, stratified."""
 
-    name: ClassVar[str]
-    classes: ClassVar[int]
-    info: ClassVar[Info]
     archives: ClassVar[tuple[Remote, ...]]
 
     def listings(self, root: Path) -> tuple[Listing, Listing]:
         """Train, and the published validation set, which is the test set here."""
         raise NotImplementedError
 
-    def build(self, root: Path, half: Path) -> dict[str, Any]:
-        """Fill the store's folder; `samples` and `split` for the manifest."""
+    def published(self, root: Path) -> official.Published:
+        """What the publishers offer."""
         raise NotImplementedError
+
+    def files(self, root: Path) -> Sequence[Path]:
+        """Files that are read beside the images."""
+        return ()
 
     def recipe(self) -> dict[str, Any]:
         """Every argument that changes a byte of the prepared store."""
         return {"val_fraction": self.config.val_fraction, "torchvision": torchvision.__version__}
 
-    def store(self, root: Path, allow_unverified: bool) -> Store:
-        """The prepared store, made where it is missing."""
+    def present(self, root: Path) -> bool:
+        """Whether its folders are there, and not in part."""
+        home = root / self.info.home
+        whole = all((home / part).is_dir() for part in ("train", "val"))
+        return whole and not self.published(root).cut_short
 
-        def build(half: Path) -> dict[str, Any]:
-            md5 = self._md5(root)
-            verified = md5 == {remote.name: remote.md5 for remote in self.archives}
-            self._allow(verified, allow_unverified)
-            return {**self.build(root, half), "md5": md5, "verified": verified}
-
-        if not exists(root, self.name, self.recipe()):
-            self._present(root)
-        store = prepared(root, self.name, self.recipe(), None, build)
-        self._allow(bool(store.manifest["verified"]), allow_unverified)
-        return store
-
-    def prepare(self, root: Path, allow_unverified: bool) -> Mapping[str, Any]:
-        """Make the store where it is missing; its folder and manifest."""
-        store = self.store(root, allow_unverified)
-        return {"folder": str(store.folder), **store.manifest}
-
-    def clean(self, root: Path) -> Sequence[Path]:
-        """Delete every store of this set."""
-        return clean(root, self.name)
+    def look(self, root: Path) -> tuple[str, Verdict]:
+        """Names, sizes and times of all files, and the archives that vouch for them."""
+        train, test, rest, val = self._split(root)
+        paths = [*train.paths, *test.paths, *self.files(root)]
+        published = self.published(root)
+        counts = (len(train.paths), len(test.paths))
+        verdict = published.judge(published.measured(paths), counts, self.info.sizes)
+        return digest(official.stamp(paths, root), hash_indices(rest, val)), verdict
 
     def verify(self, root: Path) -> Verdict:
-        """The archives against their MD5 sums, and the number of images."""
+        """The archives, the files against them, and the number of images."""
         self._present(root)
-        home, found = root / self.info.home, self._md5(root)
-        lines = []
-        for remote in self.archives:
-            md5 = found.get(remote.name)
-            what = "not there, so that nothing vouches for it"
-            if md5 is not None:
-                what = f"{'the' if md5 == remote.md5 else 'not the'} official archive, MD5 {md5}"
-            lines.append(f"{home / remote.name}: {what}")
         train, test = self.listings(root)
-        sizes = (sum(self.info.sizes[:2]), self.info.sizes[2])
-        whole = (len(train.paths), len(test.paths)) == sizes
-        seen = f"{len(train.paths):,} images for training and {len(test.paths):,} for test"
-        lines.append(
-            f"{self.name}: {seen}"
-            + ("" if whole else "; the full set has {:,} and {:,}".format(*sizes))
-        )
-        verified = whole and all(found.get(r.name) == r.md5 for r in self.archives)
-        if not verified:
-            lines.append(f"{self.name}: not official; a run needs --allow-unverified-data")
-        return Verdict(verified, lines)
+        published, counts = self.published(root), (len(train.paths), len(test.paths))
+        measured = published.measure([*train.paths, *test.paths, *self.files(root)])
+        return published.judge(measured, counts, self.info.sizes)
 
     def fetch(self, root: Path) -> str:
         """Download the archive and unpack it; where its licence forbids that, say what to do."""
         home = root / self.info.home
-        if not (home / "train").is_dir():
-            if self.info.manual:
-                raise DataError(f"{self.name} cannot be fetched: {self.info.manual}")
-            for remote in self.archives:
-                extract(download(remote, home, self.progress), root)
+        if not self.info.manual:
+            self.published(root).fetch(self.progress)
+        elif not self.present(root):
+            raise DataError(f"{self.name} cannot be fetched: {self.info.manual}")
         return f"{self.name} is in {home}"
 
     def _present(self, root: Path) -> None:
         home = root / self.info.home
-        for part in ("train", "val"):
-            if not (home / part).is_dir():
-                raise DataError(
-                    f"{self.name}: {home / part} is missing; get the data with "
-                    f"`snnbench data fetch {self.name}`, or name the folder that holds "
-                    f"{self.info.home}/ with --data-root or SNNBENCH_DATA"
-                )
-
-    def _md5(self, root: Path) -> dict[str, str]:
-        there = [root / self.info.home / remote.name for remote in self.archives]
-        return {path.name: md5_of(path) for path in there if path.is_file()}
-
-    def _allow(self, verified: bool, allow_unverified: bool) -> None:
-        if not verified and not allow_unverified:
-            raise DataError(
-                f"{self.name}: its archive is not there, or not the official one, so that nothing "
-                "vouches for these images; if you trust them, --allow-unverified-data"
-            )
+        missing = [home / part for part in ("train", "val") if not (home / part).is_dir()]
+        if not self.present(root):
+            what = f"{missing[0]} is missing" if missing else f"{home} is half unpacked"
+            raise DataError(f"{self.name}: {what}; {get_it(self.name, root, self.info.home)}")
 
     def _split(self, root: Path) -> tuple[Listing, Listing, Array, Array]:
         """Listings of train and test, and the indices of train and of validation in train."""
+        self._present(root)
         train, test = self.listings(root)
         if not len(train.paths) or not len(test.paths):
             raise DataError(f"{self.name}: {root / self.info.home} holds no JPEG files")
@@ -209,16 +190,27 @@ class TinyImageNet(Folders):
         ),
     )
 
+    def published(self, root: Path) -> official.Published:
+        """The archive, which holds the folder that it lies in."""
+        return official.Published(self.name, root, root / self.info.home, root, self.archives)
+
+    def files(self, root: Path) -> Sequence[Path]:
+        """The labels of the published validation set."""
+        return (root / self.info.home / NOTES,)
+
     def listings(self, root: Path) -> tuple[Listing, Listing]:
         """Train by folder; test by the file of annotations."""
         home = root / self.info.home
-        classes = sorted(p.name for p in (home / "train").iterdir() if p.is_dir())
-        notes = home / "val" / "val_annotations.txt"
+        classes, notes = classes_in(home / "train"), home / NOTES
         try:
-            rows = [line.split("\t")[:2] for line in notes.read_text("utf-8").splitlines()]
-            label_of = {name: classes.index(word) for name, word in rows}
-        except (OSError, ValueError) as error:
+            rows = [line.split("\t")[:2] for line in read(notes).decode().splitlines()]
+            word_of = dict(rows)
+        except ValueError as error:
             raise DataError(f"{notes}: cannot be read: {error}") from error
+        if lost := {*word_of.values()} - {*classes}:
+            get = get_it(self.name, root, self.info.home)
+            raise DataError(f"{self.name}: {home / 'train' / min(lost)} is missing; {get}")
+        label_of = {name: classes.index(word) for name, word in word_of.items()}
         names = sorted(label_of, key=lambda name: (label_of[name], name))
         test = Listing(
             [home / "val" / "images" / name for name in names],
@@ -226,13 +218,13 @@ class TinyImageNet(Folders):
         )
         return by_class(home / "train", classes), test
 
-    def build(self, root: Path, half: Path) -> dict[str, Any]:
+    def fill(self, root: Path, half: Path) -> dict[str, Any]:
         """Decode every image."""
         train, test, rest, val = self._split(root)
 
         def part(listing: Listing, index: Array) -> Part:
             paths = [listing.paths[i] for i in index]
-            return Part((_read(path) for path in paths), listing.labels[index])
+            return Part((_pixels(path) for path in paths), listing.labels[index])
 
         everything = np.arange(len(test.paths))
         parts = {
@@ -244,42 +236,31 @@ class TinyImageNet(Folders):
         return {
             "samples": samples,
             "shape": [3, 64, 64],
-            "source": hash_indices(rest, val, everything),
+            "split": hash_indices(rest, val, everything),
         }
 
     def load(self, root: Path, allow_unverified: bool) -> Data:
         """All three splits, memory-mapped."""
-        c, store = self.config, self.store(root, allow_unverified)
-        train, val, test = (store.split(s) for s in ("train", "val", "test"))
-        limit = None
-        if c.train_limit is not None:
-            limit = max(self.classes, round(c.train_limit * c.val_fraction))
+        names = self.config.augment
+        store, verdict = self.store(root, allow_unverified)
+        splits, split_hash = self.used(store)
         fill = torch.tensor([round(255 * m) for m in MEAN], dtype=torch.uint8)
-        alone = [name for name in c.augment if name not in ("cutmix", "mixup")]
+        alone = [name for name in names if name not in ("cutmix", "mixup")]
         return Data(
-            _limited(train, f"{self.name}-train", c.train_limit),
-            _limited(val, f"{self.name}-val", limit),
-            _limited(test, f"{self.name}-test", c.test_limit),
+            *splits,
             classes=self.classes,
             mean=MEAN,
             std=STD,
-            verified=bool(store.manifest["verified"]),
+            verified=verdict.verified,
             augment=augmenting.pipeline(alone, fill=fill) if alone else None,
-            mix=mix.mixing(c.augment, self.classes),
-            split_hash=str(store.manifest["source"]),
+            mix=mix.mixing(names, self.classes),
+            split_hash=split_hash,
         )
 
 
-def _read(path: Path) -> Array:
-    image = decode(path.read_bytes(), path)
+def _pixels(path: Path) -> Array:
+    image = decode(read(path), path)
     if image.shape != (3, 64, 64):
         raise DataError(f"{path}: {tuple(image.shape)} and not 3x64x64")
     pixels: Array = image.numpy()
     return pixels
-
-
-def _limited(split: Split, salt: str, limit: int | None) -> Split:
-    if limit is None:
-        return split
-    index = balanced(split.y.numpy(), salt, limit)
-    return Split(split.x[index], split.y[index])

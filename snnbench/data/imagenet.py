@@ -25,11 +25,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from snnbench.data import mix
-from snnbench.data.base import Augment, Data, Info, Split, balanced
+from snnbench.data import mix, official
+from snnbench.data.base import Augment, Data, Info, Split
 from snnbench.data.fetch import Remote
-from snnbench.data.folders import MEAN, STD, Array, Folders, Listing, by_class, decode
-from snnbench.data.prepared import Store, check_room
+from snnbench.data.folders import (
+    MEAN,
+    STD,
+    Array,
+    Folders,
+    Listing,
+    by_class,
+    classes_in,
+    decode,
+    read,
+)
+from snnbench.data.prepared import SPLITS, Store, check_room
 from snnbench.data.splits import hash_indices
 from snnbench.errors import DataError
 from snnbench.spec import digest
@@ -69,7 +79,7 @@ def pack(
     shard, offset, file = 0, 0, (folder / shard_name(0)).open("wb")
     try:
         for i, path in enumerate(paths):
-            content = path.read_bytes()
+            content = read(path)
             if not content.startswith(b"\xff\xd8"):
                 decode(content, path)  # some of ImageNet's .JPEG files are PNG; others are damaged
             if offset and offset + len(content) > size:
@@ -209,7 +219,7 @@ class ImageNet(Folders):
     info = Info(
         "images",
         1000,
-        (1_281_167, 0, 50_000),
+        (1_281_167, None, 50_000),
         "3x224x224 of any size",
         "research only, after registration",
         "imagenet",
@@ -223,16 +233,29 @@ class ImageNet(Folders):
         Remote("ILSVRC2012_img_val.tar", "29b22e2961454d5413ddabcf34fc5622", ()),
     )
 
+    def published(self, root: Path) -> official.Published:
+        """The two archives that a user unpacks: of train an archive a class, val without folders.
+
+        They hold no labels of val: that its images lie in the right folders is not known.
+        """
+
+        def inside(path: str) -> str:
+            part, _, name = path.partition("/")
+            return name if part == "train" else name.rpartition("/")[2]
+
+        home = root / self.info.home
+        return official.Published(self.name, root, home, home, self.archives, inside)
+
     def listings(self, root: Path) -> tuple[Listing, Listing]:
         """Train and published validation by folder."""
         home = root / self.info.home
-        classes = sorted(p.name for p in (home / "train").iterdir() if p.is_dir())
-        unknown = {p.name for p in (home / "val").iterdir() if p.is_dir()} - set(classes)
+        classes = classes_in(home / "train")
+        unknown = {*classes_in(home / "val")} - {*classes}
         if unknown:
             raise DataError(f"{home / 'val' / min(unknown)}: {home / 'train'} has no such class")
         return by_class(home / "train", classes), by_class(home / "val", classes)
 
-    def build(self, root: Path, half: Path) -> dict[str, Any]:
+    def fill(self, root: Path, half: Path) -> dict[str, Any]:
         """Pack every file into shards; the index of all, and the numbers of each split."""
         train, test, rest, val = self._split(root)
 
@@ -249,39 +272,36 @@ class ImageNet(Folders):
         return {
             "samples": {name: len(chosen) for name, chosen in numbers.items()},
             "shape": [3, SIDE, SIDE],
-            "source": hash_indices(*numbers.values()),
+            "split": hash_indices(*numbers.values()),
             "names": digest("\n".join(names)),
         }
 
     def load(self, root: Path, allow_unverified: bool) -> Data:
         """All three splits, read when needed."""
-        c, store = self.config, self.store(root, allow_unverified)
+        c = self.config
+        store, verdict = self.store(root, allow_unverified)
         index, labels = (np.load(store.folder / f"{n}.npy") for n in ("index", "labels"))
         shards, workers = Shards(store.folder, index), min(8, os.cpu_count() or 1)
-        limit = None
-        if c.train_limit is not None:
-            limit = max(self.classes, round(c.train_limit * c.val_fraction))
+        numbers = {name: np.load(store.folder / f"{name}.npy") for name in SPLITS}
+        index = self.chosen({name: labels[n] for name, n in numbers.items()})
+        numbers = {name: n[index[name]] for name, n in numbers.items()}
 
-        def split(name: str, most: int | None) -> ImageSplit:
-            numbers = np.load(store.folder / f"{name}.npy")
-            numbers = numbers[balanced(labels[numbers], f"{self.name}-{name}", most).numpy()]
-            images = Images(shards, torch.from_numpy(numbers), torch.device("cpu"), workers)
-            return ImageSplit(images, torch.from_numpy(labels[numbers]), random(c.augment))
+        def split(chosen: Array) -> ImageSplit:
+            images = Images(shards, torch.from_numpy(chosen), torch.device("cpu"), workers)
+            return ImageSplit(images, torch.from_numpy(labels[chosen]), random(c.augment))
 
-        train, val = split("train", c.train_limit), split("val", limit)
-        test = split("test", c.test_limit)
-        numbers = [part.x.numbers for part in (train, val, test)]
+        split_hash = hash_indices(*numbers.values())
         return Data(
-            train,
-            val,
-            test,
+            split(numbers["train"]),
+            split(numbers["val"]),
+            split(numbers["test"]),
             classes=self.classes,
             mean=MEAN,
             std=STD,
-            verified=bool(store.manifest["verified"]),
+            verified=verdict.verified,
             mix=mix.mixing(c.augment, self.classes),
-            split_hash=hash_indices(*numbers),
-            data_hash=_hash(store, hash_indices(*numbers)),
+            split_hash=split_hash,
+            data_hash=_hash(store, split_hash),
         )
 
 

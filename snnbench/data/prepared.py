@@ -8,8 +8,8 @@ library versions.
 
 A store appears whole or not at all: it is written under another name and renamed.  A lock keeps
 processes that want the same one from making it twice.  A store that does not fit its manifest, or
-whose recordings have other names or labels, is made again; other bytes under the same names are not
-noticed: `clean` it then.
+was made of files with other names, sizes or times of their last change, is made again.  Whether
+those files are official does not stand in it: that is looked at anew for each run.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from filelock import FileLock
 
 from snnbench import __version__
-from snnbench.data.base import Progress, Split
+from snnbench.data.base import Dataset, Info, Progress, Split, Verdict, balanced
+from snnbench.data.splits import hash_indices
 from snnbench.errors import DataError
 from snnbench.spec import canonical, digest
 
-FORMAT = 2
+FORMAT = 3
 KEY_DIGITS = 16
 SPLITS = ("train", "val", "test")
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -63,6 +64,81 @@ class Store:
         return Split(torch.from_numpy(x), torch.from_numpy(np.array(y)))
 
 
+class PreparedSet(Dataset):
+    """A dataset that is read once, into a store for each set of options."""
+
+    name: ClassVar[str]
+    classes: ClassVar[int]
+    info: ClassVar[Info]
+
+    def recipe(self) -> dict[str, Any]:
+        """Every argument that changes a byte of the store."""
+        raise NotImplementedError
+
+    def look(self, root: Path) -> tuple[str, Verdict]:
+        """Hash of the files it is made of and of their split, and what `verify` says of them.
+
+        What was measured of files that have not changed since is remembered.
+        Raises DataError if they are missing.
+        """
+        raise NotImplementedError
+
+    def fill(self, root: Path, half: Path) -> Mapping[str, Any]:
+        """Write a new store; its `samples`, `shape` and `split`, the hash of the split."""
+        raise NotImplementedError
+
+    def store(self, root: Path, allow_unverified: bool) -> tuple[Store, Verdict]:
+        """The store, made where it is missing or made of other files; and what those files are.
+
+        A store serves when its files are gone; but then nothing vouches for it.
+        """
+        gone = not self.present(root) and exists(root, self.name, self.recipe())
+        nothing = Verdict(False, [], "what it was prepared from is gone")
+        source, verdict = (None, nothing) if gone else self.look(root)
+        verdict.allow(self.name, root, allow_unverified)
+
+        def build(half: Path) -> dict[str, Any]:
+            # A store that is damaged needs its files again, and `look` says that they are gone.
+            made_of = source or self.look(root)[0]
+            return {**self.fill(root, half), "source": made_of, "md5": dict(verdict.md5)}
+
+        return prepared(root, self.name, self.recipe(), source, build), verdict
+
+    def prepare(self, root: Path, allow_unverified: bool) -> Mapping[str, Any]:
+        """Make the store where it is missing; its folder and manifest."""
+        store, verdict = self.store(root, allow_unverified)
+        return {"folder": str(store.folder), "verified": verdict.verified, **store.manifest}
+
+    def clean(self, root: Path) -> Sequence[Path]:
+        """Delete every store of this set, and what is left of half-made ones."""
+        return clean(root, self.name)
+
+    def chosen(self, labels: Mapping[str, Array]) -> dict[str, Array]:
+        """Places in each split of the samples that are used, by the limits of the options.
+
+        A small training set has a small validation set: its share of the whole split.
+        """
+        c, share = self.config, len(labels["val"]) / (len(labels["train"]) + len(labels["val"]))
+        val = None if c.train_limit is None else max(self.classes, round(c.train_limit * share))
+        limits = {"train": c.train_limit, "val": val, "test": c.test_limit}
+        return {n: balanced(labels[n], f"{self.name}-{n}", limits[n]).numpy() for n in SPLITS}
+
+    def used(self, store: Store) -> tuple[tuple[Split, Split, Split], str]:
+        """The three splits, cut to the limits of the options, and the hash of what is in them."""
+        whole = {name: store.split(name) for name in SPLITS}
+        index = self.chosen({name: split.y.numpy() for name, split in whole.items()})
+
+        def cut(name: str) -> Split:
+            split, i = whole[name], torch.from_numpy(index[name])
+            # What is used whole stays mapped, and takes no memory.
+            return split if len(i) == len(split) else Split(split.x[i], split.y[i])
+
+        parts, split_hash = (cut("train"), cut("val"), cut("test")), str(store.manifest["split"])
+        if any(len(index[name]) < len(split) for name, split in whole.items()):
+            split_hash = digest(split_hash, hash_indices(*index.values()))
+        return parts, split_hash
+
+
 def key(name: str, recipe: Mapping[str, Any]) -> str:
     """Name of the store's folder: the dataset, and a hash of all that changes a byte of it."""
     return f"{name}-{digest(canonical({'format': FORMAT, 'name': name, **recipe}))[:KEY_DIGITS]}"
@@ -83,9 +159,9 @@ def prepared(
 ) -> Store:
     """The store of that recipe, made by `build` if there is none that fits.
 
-    `source` is a hash of what stands in its splits, or None where that is gone: a store made from
-    something else does not fit.  `build` fills a folder, by `write_splits` or with shards *.bin and
-    an index *.npy, and gives facts for the manifest, that hash among them, as "source".
+    `source` is a hash of the files that it is made of, or None where those are gone: a store made
+    of others does not fit.  `build` fills a folder, by `write_splits` or with shards *.bin and an
+    index *.npy, and gives facts for the manifest, that hash among them, as "source".
     Raises DataError if the folder cannot be written, or the disk is full.
     """
     folder = root / "prepared" / key(name, recipe)
@@ -107,8 +183,9 @@ def exists(root: Path, name: str, recipe: Mapping[str, Any]) -> bool:
 
 
 def clean(root: Path, name: str) -> list[Path]:
-    """Delete the dataset's stores; those that were there."""
+    """Delete the dataset's stores, and what was measured of it; the stores that were there."""
     gone = stores(root, name)
+    (root / "prepared" / f"{name}.measured.json").unlink(missing_ok=True)
     for folder in gone:
         # Whoever is at work on the store is waited for.
         with _writing(folder), _lock(folder.with_name(folder.name.lstrip("."))):

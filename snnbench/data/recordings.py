@@ -1,16 +1,18 @@
 """Published recordings of events: N-MNIST, N-Caltech101, CIFAR10-DVS, DVS128 Gesture, SHD and SSC.
 
 Files are read by tonic's classes. Their order is ours: tonic leaves it to the file system where
-this changes the split. A copy counts as verified if the archives that the publishers offer lie
-beside the recordings with their MD5 sums; tonic needs no archive, and other copies are refused
-unless the user allows them.
+this changes the split. Tonic needs no archive; but only the publishers' archives beside the
+recordings can vouch for them (`official.py`), and other copies are refused unless the user allows
+them.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -19,7 +21,8 @@ import numpy as np
 import tonic.datasets
 from annotated_types import Ge, Gt, Le, Lt
 
-from snnbench.data.base import Info, Verdict, stratified
+from snnbench.data import official
+from snnbench.data.base import Info, Verdict, get_it, stratified
 from snnbench.data.events import (
     Change,
     EventSet,
@@ -29,7 +32,7 @@ from snnbench.data.events import (
     Value,
     subset,
 )
-from snnbench.data.fetch import Remote, download, extract, md5_of
+from snnbench.data.fetch import Remote
 from snnbench.data.splits import validation
 from snnbench.errors import DataError
 from snnbench.spec import digest
@@ -70,87 +73,80 @@ class Published(EventSet):
         reader = type(self.info.home, (official,), {"_check_exists": lambda _: True})
         return reader(str(root), **options)
 
-    def is_there(self, root: Path) -> bool:
-        """Whether a recording is there."""
-        return bool(recordings(root / self.info.home, self.pattern))
+    def published(self, root: Path) -> official.Published:
+        """What the publishers offer."""
+        home = root / self.info.home
+        return official.Published(self.name, root, home, home, self.archives)
+
+    def present(self, root: Path) -> bool:
+        """Whether recordings are there, and not in part."""
+        found = next(recordings(root / self.info.home, self.pattern), None)
+        return found is not None and not self.published(root).cut_short
 
     def open(self, root: Path) -> Source:
         """The recordings below `root`; raises DataError if they are missing."""
-        if not self.is_there(root):
-            raise DataError(
-                f"{self.name}: no {self.pattern} in {root / self.info.home}; get the data with "
-                f"`snnbench data fetch {self.name}`, or name the folder that holds "
-                f"{self.info.home}/ with --data-root or SNNBENCH_DATA"
-            )
+        home = root / self.info.home
+        if not self.present(root):
+            what = "half unpacked" if self.published(root).cut_short else f"no {self.pattern}"
+            raise DataError(f"{self.name}: {what} in {home}; {self._get_it(root)}")
         try:
-            train, val, test = self.parts(root)
+            source = Source(*self.parts(root))
         except DataError:
             raise
         except Exception as error:
             why = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"{self.name}: {root / self.info.home} cannot be read: {why}"
-            ) from error
-        for part, recordings in (("train", train), ("validation", val), ("test", test)):
-            if not len(recordings):
-                raise DataError(f"{self.name}: {root / self.info.home} has no recording for {part}")
-        return Source(train, val, test, lambda: self._official(root))
+            raise DataError(f"{self.name}: {home} cannot be read: {why}") from error
+        for name, part in (("training", source.train), ("validation", source.val),
+                           ("test", source.test)):  # fmt: skip
+            if not len(part):
+                raise DataError(
+                    f"{self.name}: {home} has no recording for {name}; {self._get_it(root)}"
+                )
+        return source
 
     def parts(self, root: Path) -> tuple[Recordings, Recordings, Recordings]:
         """Train, validation and test."""
         raise NotImplementedError
 
-    def _official(self, root: Path) -> tuple[bool, Mapping[str, str]]:
-        home = root / self.info.home
-        there = [home / remote.name for remote in self.archives]
-        found = {path.name: md5_of(path) for path in there if path.is_file()}
-        return found == {remote.name: remote.md5 for remote in self.archives}, found
+    def look(self, root: Path) -> tuple[str, Verdict]:
+        """Names, sizes and times of all recordings, and the archives that vouch for them."""
+        source, paths = self.open(root), self._files(root)
+        verdict = self._judge(root, source, self.published(root).measured(paths), None)
+        return digest(official.stamp(paths, root), source.split_hash), verdict
 
     def fetch(self, root: Path) -> str:
         """Download the archives and unpack them, and the archives in them."""
-        home = root / self.info.home
-        for remote in self.archives:
-            archive = download(remote, home, self.progress)
-            if not self.is_there(root) or len(self.archives) > 1:
-                extract(archive, home)
-        kept = {remote.name for remote in self.archives}
-        for inner in sorted(home.rglob("*.zip")):
-            if inner.name not in kept:
-                extract(inner, home)
-                inner.unlink()
-        if not self.is_there(root):
+        self.published(root).fetch(self.progress)
+        if not self.present(root):
             raise DataError(f"{self.name}: the archives hold no {self.pattern}")
-        return f"{self.name} is in {home}"
+        return f"{self.name} is in {root / self.info.home}"
 
     def verify(self, root: Path) -> Verdict:
-        """The archives against their MD5 sums, and the number of recordings."""
-        source = self.open(root)
-        verified, found = source.verify()
-        home, lines = root / self.info.home, []
-        for remote in self.archives:
-            md5 = found.get(remote.name)
-            if md5 is None:
-                lines.append(f"{home / remote.name}: not there, so that nothing vouches for it")
-            elif md5 == remote.md5:
-                lines.append(f"{home / remote.name}: the official archive, MD5 {md5}")
-            else:
-                lines.append(f"{home / remote.name}: not official, MD5 {md5}, not {remote.md5}")
-        sizes = tuple(len(p) for p in (source.train, source.val, source.test))
-        if sum(sizes) < SMALL and (what := KNOWN.get(_content(home, self.pattern))):
-            lines.append(f"{home}: {what}")
-        whole = sum(sizes) == sum(self.info.sizes)
-        seen = "{} train, {} validation and {} test recordings".format(*sizes)
-        full = "{} + {} + {}".format(*self.info.sizes)
-        lines.append(f"{self.name}: {seen}" + ("" if whole else f"; the full set has {full}"))
-        if not verified:
-            lines.append(f"{self.name}: not official; a run needs --allow-unverified-data")
-        return Verdict(verified and whole, lines)
+        """The archives, the files against them, and the number of recordings."""
+        source, known = self.open(root), None
+        paths = self._files(root)
+        if sum(len(p) for p in (source.train, source.val, source.test)) < SMALL:
+            known = KNOWN.get(_content(root / self.info.home, paths))
+        return self._judge(root, source, self.published(root).measure(paths), known)
+
+    def _judge(
+        self, root: Path, source: Source, measured: official.Measured, known: str | None
+    ) -> Verdict:
+        counts = (len(source.train) + len(source.val), len(source.test))
+        return self.published(root).judge(measured, counts, self.info.sizes, known)
+
+    def _files(self, root: Path) -> list[Path]:
+        return sorted(recordings(root / self.info.home, self.pattern))
+
+    def _get_it(self, root: Path) -> str:
+        return get_it(self.name, root, self.info.home)
 
 
-def recordings(home: Path, pattern: str) -> list[Path]:
-    """Files of that pattern, in order; not what an unpacking that was cut short left behind."""
-    inside = ((path, path.relative_to(home).parts) for path in home.rglob(pattern))
-    return sorted(path for path, parts in inside if not any(p.startswith(".") for p in parts))
+def recordings(home: Path, pattern: str) -> Iterator[Path]:
+    """Files of that pattern; not what an unpacking that was cut short left behind."""
+    for folder, below, names in os.walk(home):
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield from (Path(folder, n) for n in names if fnmatch(n, pattern) and n[0] != ".")
 
 
 def files(dataset: Any, root: Path, kind: str) -> Recordings:
@@ -184,9 +180,8 @@ def _number(name: str) -> int:
     return int(found[-1]) if found else -1
 
 
-def _content(home: Path, pattern: str) -> str:
+def _content(home: Path, paths: Sequence[Path]) -> str:
     """SHA-256 of names and bytes of all recordings."""
-    paths = recordings(home, pattern)
     return digest(*(b for p in paths for b in (p.relative_to(home).as_posix(), p.read_bytes())))
 
 
@@ -232,7 +227,7 @@ class NCaltech101(Published):
     classes = 101
     sensor = (240, 180, 2)
     pattern = "*.bin"
-    info = Info("events", 101, (8_709, 0, 0), "2x180x240", "CC BY 4.0", "NCALTECH101")
+    info = Info("events", 101, (8_709, None, None), "2x180x240", "CC BY 4.0", "NCALTECH101")
     archives = (
         Remote(
             tonic.datasets.NCALTECH101.filename,
@@ -245,7 +240,8 @@ class NCaltech101(Published):
         """Shares of every class."""
         found = self.tonic_set(root)
         # The archive also has boxes around the objects, in files that end alike.
-        real = [i for i, p in enumerate(found.data) if "annotation" not in str(p).lower()]
+        below = [Path(p).relative_to(root).as_posix().lower() for p in found.data]
+        real = [i for i, name in enumerate(below) if "annotation" not in name]
         found.data = [found.data[i] for i in real]
         found.targets = [found.targets[i] for i in real]
         whole = files(found, root, "atis")
@@ -311,7 +307,7 @@ class DVSGesture(Published):
     classes = 11
     sensor = (128, 128, 2)
     pattern = "*.npy"
-    info = Info("events", 11, (1_077, 0, 264), "2x128x128", "CC BY 4.0", "DVSGesture")
+    info = Info("events", 11, (1_077, None, 264), "2x128x128", "CC BY 4.0", "DVSGesture")
     archives = (
         _figshare(tonic.datasets.DVSGesture, "train_filename", "train_url", "train_md5"),
         _figshare(tonic.datasets.DVSGesture, "test_filename", "test_url", "test_md5"),
@@ -372,7 +368,7 @@ class SHD(Cochlea):
 
     name = "shd"
     classes = 20
-    info = Info("events", 20, (8_156, 0, 2_264), "700", "CC BY 4.0", "SHD")
+    info = Info("events", 20, (8_156, None, 2_264), "700", "CC BY 4.0", "SHD")
     archives = (
         Remote("shd_train.h5.zip", tonic.datasets.SHD.train_md5, (ZENKE + "shd_train.h5.zip",)),
         Remote("shd_test.h5.zip", tonic.datasets.SHD.test_md5, (ZENKE + "shd_test.h5.zip",)),

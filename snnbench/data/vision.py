@@ -8,7 +8,9 @@ the device, and augmented there.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeAlias
 
@@ -20,14 +22,7 @@ from torch import Tensor
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from snnbench.data import augment, mix
-from snnbench.data.base import (
-    Data,
-    Dataset,
-    Info,
-    Split,
-    Verdict,
-    balanced,
-)
+from snnbench.data.base import Data, Dataset, Info, Split, Verdict, balanced, get_it
 from snnbench.data.fetch import Remote, download, extract, md5_of
 from snnbench.data.splits import hash_indices, validation
 from snnbench.errors import DataError
@@ -70,10 +65,12 @@ class Images(Dataset):
 
     def load(self, root: Path, allow_unverified: bool) -> Data:
         """All three splits; raises DataError if the copy is missing, or not the official one."""
-        verified = self._verify(root, allow_unverified)
+        verified = self.verify(root).allow(self.name, root, allow_unverified)
         (train_x, train_y), (test_x, test_y) = self._read(root, True), self._read(root, False)
         c = self.config
         val, rest = validation(self.name, train_y, f"{self.name}-val", c.val_fraction)
+        if not len(val):
+            raise DataError(f"{self.name}: too few images a class for a validation split")
         rest = rest[balanced(train_y[rest.numpy()], f"{self.name}-train", c.train_limit)]
         if c.train_limit is not None:
             # A tiny study needs no full validation split: keep the proportion.
@@ -98,70 +95,73 @@ class Images(Dataset):
     def fetch(self, root: Path) -> str:
         """Download the official archives and unpack them; raises DataError if that fails."""
         home = root / self.info.home
-        if not self._odd(root):
+        if self.present(root) and not self._odd(root):
             return f"{self.name} is in {home}"
         # CIFAR's archive holds its folder; those of MNIST are single files.
         into = home if len(self.archives) > 1 else root
         for remote in self.archives:
             extract(download(remote, into, self.progress), into)
-        odd = self._odd(root)
-        if odd:
-            raise DataError(f"{home / odd[0]} is not the official file even after unpacking")
+        if missing := self._missing(root):
+            raise DataError(f"{home / missing[0]} is missing even after unpacking")
+        if odd := self._odd(root):
+            raise DataError(f"{home / next(iter(odd))} is not official even after unpacking")
         return f"{self.name} is in {home}"
+
+    def present(self, root: Path) -> bool:
+        """Whether all its files are there."""
+        return not self._missing(root)
 
     def verify(self, root: Path) -> Verdict:
         """Every file against its official MD5 sum; raises DataError if one is missing."""
-        self._present(root)
-        home, lines, odd = root / self.info.home, [], self._odd(root)
-        for name, md5 in self.listed():
-            if name not in odd:
-                lines.append(f"{home / name}: the official file, MD5 {md5}")
-            else:
-                found = md5_of(home / name)
-                lines.append(f"{home / name}: not the official file, MD5 {found}, not {md5}")
-        if odd:
-            lines += _confessed(home)
-            kind = f"{len(odd)} of {len(self.listed())} files are not the official bytes"
-            lines.append(f"{self.name}: {kind}; a run needs --allow-unverified-data")
-        else:
-            lines.append(f"{self.name}: all {len(self.listed())} files are the official bytes")
-        return Verdict(not odd, lines)
-
-    def _present(self, root: Path) -> None:
-        home = root / self.info.home
-        missing = [name for name, _ in self.listed() if not (home / name).is_file()]
-        if missing:
-            raise DataError(
-                f"{self.name}: {home / missing[0]} is missing; get the data with "
-                f"`snnbench data fetch {self.name}`, or name the folder that holds "
-                f"{Path(self.info.home).parts[0]}/ with --data-root or SNNBENCH_DATA"
-            )
-
-    def _odd(self, root: Path) -> list[str]:
-        """Files that are missing or not the official ones."""
-        home = root / self.info.home
-        return [
-            name
-            for name, md5 in self.listed()
-            if not (home / name).is_file() or md5_of(home / name) != md5
-        ]
-
-    def _verify(self, root: Path, allow_unverified: bool) -> bool:
-        self._present(root)
+        home, total = root / self.info.home, len(self.listed())
+        if missing := self._missing(root):
+            get = get_it(self.name, root, Path(self.info.home).parts[0])
+            raise DataError(f"{self.name}: {home / missing[0]} is missing; {get}")
         odd = self._odd(root)
-        if odd and not allow_unverified:
-            raise DataError(
-                f"{self.name}: {root / self.info.home / odd[0]} is not the official file (its MD5 "
-                f"sum differs, {len(odd)} of {len(self.listed())} files); use the official copy, "
-                "or, if you trust this one, --allow-unverified-data"
-            )
-        return not odd
+        lines = [
+            f"{home / name}: not the official file, MD5 {odd[name]}, not {md5}"
+            if name in odd
+            else f"{home / name}: the official file, MD5 {md5}"
+            for name, md5 in self.listed()
+        ]
+        if not odd:
+            lines.append(f"{self.name}: all {total} files are the official bytes")
+            return Verdict(True, lines)
+        lines += _confessed(home)
+        kind = f"{len(odd)} of {total} files are not the official bytes"
+        lines.append(f"{self.name}: {kind}; a run needs --allow-unverified-data")
+        first = home / next(iter(odd))
+        why = f"{first} is not the official file (its MD5 sum differs; {len(odd)} of {total} files)"
+        return Verdict(False, lines, why)
+
+    def _missing(self, root: Path) -> list[str]:
+        home = root / self.info.home
+        return [name for name, _ in self.listed() if not (home / name).is_file()]
+
+    def _odd(self, root: Path) -> dict[str, str]:
+        """MD5 sums of the files that are not the official ones."""
+        found = {name: md5_of(root / self.info.home / name) for name, _ in self.listed()}
+        return {name: found[name] for name, md5 in self.listed() if found[name] != md5}
 
     def _read(self, root: Path, train: bool) -> tuple[Tensor, Array]:
-        try:
-            return self.read(root, train)
-        except Exception as error:
-            raise DataError(f"{self.name}: the copy in {root} cannot be read: {error}") from error
+        """Images and labels that fit each other, and the classes."""
+        x, y = self.read(root, train)
+        part = f"{self.name}: the {'training' if train else 'test'} part in {root / self.info.home}"
+        if len(x) != len(y) or not len(y):
+            raise DataError(f"{part} has {len(x):,} images and {len(y):,} labels")
+        if y.min() < 0 or y.max() >= self.classes:
+            wrong = y.min() if y.min() < 0 else y.max()
+            raise DataError(f"{part} has a label {wrong}; the {self.classes} classes begin at 0")
+        return x, y
+
+
+def _reading(name: str, path: Path, read: Callable[[], Any]) -> Any:
+    """What a reader of torchvision gives; raises DataError, with the file's name, if it cannot."""
+    try:
+        return read()
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{name}: {path} cannot be read: {why}") from error
 
 
 def _confessed(home: Path) -> list[str]:
@@ -195,13 +195,23 @@ class Cifar(Images):
     def read(self, root: Path, train: bool) -> tuple[Tensor, Array]:
         """Images by torchvision's reader, and labels."""
         # Checked by us a moment ago, and with a clearer message; nobody needs the classes' names.
-        reader = type(
-            self.name,
-            (self.official,),
-            {"_check_integrity": lambda _: True, "_load_meta": lambda _: None},
-        )
-        read = reader(root, train=train)
-        return torch.from_numpy(read.data).permute(0, 3, 1, 2), np.asarray(read.targets)
+        known = {"_check_integrity": lambda _: True, "_load_meta": lambda _: None}
+        images, labels = [], []
+        for name, md5 in self.official.train_list if train else self.official.test_list:
+            # One file at a time, so that a damaged one can be named.
+            one = {"train_list": [(name, md5)], "test_list": [(name, md5)]}
+            reader = type(self.name, (self.official,), {**known, **one})
+            path = root / self.info.home / name
+            part = _reading(self.name, path, partial(reader, root, train=train))
+            x, y = np.moveaxis(part.data, 3, 1), np.asarray(part.targets)
+            if x.dtype != np.uint8 or y.dtype.kind not in "iu" or len(x) != len(y):
+                raise DataError(
+                    f"{self.name}: {path} cannot be read: {len(x):,} images ({x.dtype}) and "
+                    f"{len(y):,} labels ({y.dtype})"
+                )
+            images.append(x)
+            labels.append(y)
+        return torch.from_numpy(np.concatenate(images)), np.concatenate(labels)
 
 
 CIFAR_LICENCE = "none stated; the authors ask for the citation"
@@ -256,9 +266,8 @@ class Idx(Images):
         """Images and labels by torchvision's readers."""
         images, labels = self.FILES[:2] if train else self.FILES[2:]
         home = root / self.info.home
-        x, y = read_image_file(str(home / images)), read_label_file(str(home / labels))
-        if len(x) != len(y):
-            raise ValueError(f"{len(x)} images and {len(y)} labels")
+        x = _reading(self.name, home / images, lambda: read_image_file(str(home / images)))
+        y = _reading(self.name, home / labels, lambda: read_label_file(str(home / labels)))
         return x.unsqueeze(1), y.numpy()
 
 

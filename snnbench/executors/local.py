@@ -14,39 +14,64 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 from snnbench.errors import WorkerError
+from snnbench.executors.base import Handle
 from snnbench.store import RunFolder
 
 WORKER = "snnbench.worker"
 # torch imports this, for two seconds, when the first optimizer is made.
 WARM = ("torch._dynamo",)
 UNKNOWN_CODE = 255  # what multiprocessing says of a child whose server has died
+# A process that ends by one of these was ended by somebody else; by another, by its own fault.
+FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
 
 
-class Handle:
-    """A run in progress."""
+class LocalHandle:
+    """A run in progress in a process of this machine."""
 
-    def __init__(self, process: Any, pipe: Connection, lifeline: Connection) -> None:
+    def __init__(
+        self, process: Any, pipe: Connection, lifeline: Connection, places: Places, own: list[str]
+    ) -> None:
         self._process, self._pipe, self._lifeline = process, pipe, lifeline
+        self._places, self._own = places, own
+        self._silent = False
+        self._server = _server_pid()
 
-    def messages(self, wait_s: float) -> Iterator[dict[str, Any]]:
+    def messages(self, wait_s: float = 0.0) -> Iterator[dict[str, Any]]:
         """Messages of the worker that arrive within this time; none once it has ended."""
         try:
-            while self._pipe.poll(wait_s):
+            while not self._silent and self._pipe.poll(wait_s):
                 yield json.loads(self._pipe.recv_bytes())
                 wait_s = 0
         except (EOFError, OSError):
+            self._silent = True
             self._process.join(wait_s)
+
+    @property
+    def waitable(self) -> Any:
+        """What becomes ready when there is something to see."""
+        return self._process.sentinel if self._silent else self._pipe
 
     @property
     def alive(self) -> bool:
         """Whether the process still works."""
         return bool(self._process.is_alive())
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether somebody else ended it."""
+        code = self._process.exitcode
+        return code is not None and (
+            -code in FROM_OUTSIDE or (code == UNKNOWN_CODE and not _lives(self._server))
+        )
 
     def death(self) -> str:
         """How the process ended."""
@@ -55,7 +80,7 @@ class Handle:
             return "still alive"
         if code < 0:
             return f"killed by signal {-code} ({signal.Signals(-code).name})"
-        if code == UNKNOWN_CODE and not _server_lives():
+        if code == UNKNOWN_CODE and not _lives(self._server):
             return "killed with its server"
         return f"ended with exit code {code} and without a result"
 
@@ -73,14 +98,55 @@ class Handle:
         self._pipe.close()
         self._lifeline.close()
         self._process.join(5)
+        self._places.give_back(self._own)
+        self._own = []
+
+
+class Places:
+    """Where runs can be executed at the same time: GPUs by their ids, or the CPU by no name."""
+
+    def __init__(self, gpus: Sequence[str], jobs: int | None) -> None:
+        self.jobs = jobs or max(len(gpus), 1)
+        self.gpus = list(gpus)[: self.jobs]
+        self._free = [(self.gpus or [""])[i % max(len(self.gpus), 1)] for i in range(self.jobs)]
+
+    @property
+    def shared_by(self) -> int:
+        """The most runs that share one device at a time; more than 1 disturbs their clocks."""
+        return -(-self.jobs // max(len(self.gpus), 1))
+
+    def room(self, devices: int) -> bool:
+        """Whether so many different devices are free; a run on a CPU needs one place."""
+        return len(self._pick(devices)) == self._needed(devices)
+
+    def take(self, devices: int) -> list[str]:
+        """Their ids; to be given back."""
+        taken = self._pick(devices)
+        for place in taken:
+            self._free.remove(place)
+        return taken
+
+    def give_back(self, taken: Sequence[str]) -> None:
+        """They are free again."""
+        self._free += taken
+
+    def _needed(self, devices: int) -> int:
+        return min(devices, len(self.gpus)) if self.gpus else 1
+
+    def _pick(self, devices: int) -> list[str]:
+        return list(dict.fromkeys(self._free))[: self._needed(devices)]
 
 
 class LocalExecutor:
     """Starts runs on this machine."""
 
-    def __init__(self, preload: Sequence[str]) -> None:
+    remote = False
+
+    def __init__(self, preload: Sequence[str], worker: str = WORKER) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([WORKER, *WARM, *preload])
+        self._context.set_forkserver_preload([worker, *WARM, *preload])
+        self._worker = worker
+        self.places = Places([], 1)
 
     def start(self) -> None:
         """Begin to warm the server up, in the background."""
@@ -95,16 +161,62 @@ class LocalExecutor:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
-    def submit(self, folder: RunFolder, context: dict[str, Any]) -> Handle:
-        """Start the run of this folder."""
-        return self._spawn("main", [str(folder.path), context])
+    def room(self, devices: int) -> bool:
+        """Whether a place is free."""
+        return self.places.room(devices)
 
-    def call(self, task: str, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer of a function of the worker, such as `resolve`, run in a child."""
+    def submit(
+        self, folder: RunFolder, context: Mapping[str, Any], devices: int = 1
+    ) -> LocalHandle:
+        """Start the run of this folder."""
+        own = self.places.take(devices)
+        place = dict(context.get("place", {}))
+        if self.places.shared_by > 1:
+            place["parallel_jobs"] = self.places.shared_by
+            if not self.places.gpus and "OMP_NUM_THREADS" not in os.environ:
+                place["threads"] = max(1, len(os.sched_getaffinity(0)) // self.places.jobs)
+        context = {**context, "place": place}
+        gpus = [place for place in own if place]
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        return self._spawn("main", [str(folder.path), context], environment, own)
+
+    def attached(self, folder: RunFolder) -> bool:
+        """Never: a run ends with the command that started it."""
+        return False
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Nothing: every run is started at once."""
+        return nullcontext()
+
+    def wait(self, handles: Sequence[Handle], timeout_s: float) -> None:
+        """Return when one of them has something to say, or after this time."""
+        ready = [h.waitable for h in handles if isinstance(h, LocalHandle)]
+        if ready:
+            wait_for(ready, timeout_s)
+        else:
+            time.sleep(timeout_s)
+
+    def call(
+        self, task: str, request: dict[str, Any], limit_s: float | None = None
+    ) -> dict[str, Any]:
+        """The answer of a function of the worker, such as `resolve`, run in a child.
+
+        Raises WorkerError if it dies, or gives no answer within `limit_s`.
+        """
         handle = self._spawn(task, [request])
         answer: dict[str, Any] | None = None
+        asked: float | None = None
         while answer is None and handle.alive:
-            answer = _answer(handle.messages(0.2))
+            for message in handle.messages(0.2):
+                asked = asked or time.monotonic()  # the warming up of the server is nobody's time
+                answer = answer or (message if message.get("event") != "begin" else None)
+            if answer is None and limit_s and asked and time.monotonic() - asked > limit_s:
+                handle.kill()
+                handle.close()
+                raise WorkerError(
+                    f"the worker process did not answer '{task}' within {limit_s:g} s "
+                    "(run.heartbeat_s); does a plugin hang on import?"
+                )
         answer = answer or _answer(handle.messages(0.2)) or {}
         handle.close()
         if "errors" not in answer:
@@ -114,18 +226,23 @@ class LocalExecutor:
             )
         return answer
 
-    def _spawn(self, task: str, arguments: list[Any]) -> Handle:
+    def _spawn(
+        self,
+        task: str,
+        arguments: list[Any],
+        environment: Mapping[str, str] | None = None,
+        own: Sequence[str] = (),
+    ) -> LocalHandle:
         self.start()
         receive, send = self._context.Pipe(duplex=False)
         watched, lifeline = self._context.Pipe(duplex=False)
-        process = self._context.Process(
-            target=_child, args=(task, json.dumps(arguments), send, watched), daemon=False
-        )
+        call = json.dumps([self._worker, task, arguments, dict(environment or {})])
+        process = self._context.Process(target=_child, args=(call, send, watched), daemon=False)
         with _main_hidden():
             process.start()
         send.close()
         watched.close()
-        return Handle(process, receive, lifeline)
+        return LocalHandle(process, receive, lifeline, self.places, list(own))
 
 
 @contextlib.contextmanager
@@ -143,15 +260,19 @@ def _answer(messages: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
     return next((m for m in messages if m.get("event") != "begin"), None)
 
 
-def _server_lives() -> bool:
+def _server_pid() -> int | None:
     from multiprocessing import forkserver
 
-    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
-    if pid is None:
+    return getattr(forkserver._forkserver, "_forkserver_pid", None)
+
+
+def _lives(server: int | None) -> bool:
+    """Whether this fork server is still the one, and no dead one."""
+    if server is None or server != _server_pid():
         return False
     with contextlib.suppress(ChildProcessError):
         # Only look: multiprocessing itself wants to collect its server.
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        return os.waitid(os.P_PID, server, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     return False
 
 
@@ -162,8 +283,10 @@ def _end_with_parent(watched: Connection) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _child(task: str, arguments: str, pipe: Connection, watched: Connection) -> None:
+def _child(call: str, pipe: Connection, watched: Connection) -> None:
     """First code of the child. The worker, and with it torch, is imported here and not above."""
+    module, task, arguments, environment = json.loads(call)
+    os.environ.update(environment)
 
     def send(message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more
@@ -172,11 +295,11 @@ def _child(task: str, arguments: str, pipe: Connection, watched: Connection) -> 
     threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
     send({"event": "begin"})
     try:
-        worker = importlib.import_module(WORKER)
+        worker = importlib.import_module(module)
         if task == "main":
-            worker.main(*json.loads(arguments), send)
+            worker.main(*arguments, send)
         else:
-            send(getattr(worker, task)(*json.loads(arguments)))
+            send(getattr(worker, task)(*arguments))
     except Exception as error:
         send({"event": "crash", "reason": f"{type(error).__name__}: {error}"})
         raise

@@ -1,13 +1,23 @@
-"""Memory of a training step: saved-for-backward bytes, and the peak of the device or process."""
+"""Memory of a training step: saved-for-backward bytes, and the peak of the device or process.
+
+saved        what autograd keeps for the backward pass: deterministic, the same on any machine
+parameters   weights and buffers; gradients and optimizer state by their tensors
+activations  the peak of a step over what is allocated between steps: what is saved, gradients
+             on their way, workspaces of kernels
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from snnbench.measure.nvml import Gpu, NoNvml
 
 
 def saved_bytes(
@@ -63,6 +73,31 @@ def reset_peak(device: torch.device) -> str | None:
         return f"the peak resident set cannot be reset on this system: {error.strerror}"
 
 
+def used_bytes(device: torch.device) -> int:
+    """Memory allocated now: of tensors on a GPU, the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS")
+
+
+def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the tensors, each storage once."""
+    storages = [t.untyped_storage() for t in tensors if t is not None]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state."""
+    values = [v for state in optimizer.state.values() for v in state.values()]
+    return tensor_bytes(v for v in values if isinstance(v, Tensor))
+
+
+def give_back_freed_memory() -> None:
+    """Let the allocator of the CPU hand freed blocks back to the system, where it can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_bytes(device: torch.device) -> dict[str, int]:
     """Peak since `reset_peak`: allocated and reserved on a GPU, the resident set on a CPU."""
     if device.type == "cuda":
@@ -70,6 +105,20 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
             "peak_bytes": torch.cuda.max_memory_allocated(device),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
         }
-    status = Path("/proc/self/status").read_text()
-    line = next(ln for ln in status.splitlines() if ln.startswith("VmHWM:"))
-    return {"peak_bytes": int(line.split()[1]) * 1024}
+    return {"peak_bytes": _status("VmHWM")}
+
+
+def own_gpu_bytes(device: torch.device) -> int | str:
+    """Memory that this process holds on the GPU as the driver sees it, or why that is not known."""
+    if device.type != "cuda":
+        return "no GPU in use"
+    try:
+        return Gpu(device).own_bytes()
+    except NoNvml as error:
+        return str(error)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(ln for ln in lines if ln.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from snnbench import tables
-from snnbench.stats import Estimate
+from snnbench import summary, tables
+from snnbench.errors import UsageError
+from snnbench.report import columns, source
+from snnbench.report.columns import Column
+from snnbench.report.findings import across, findings
+from snnbench.report.published import flat, published
+from snnbench.report.source import Source
+from snnbench.spec import did_you_mean
+from snnbench.stats import ALPHA, bootstrap, smallest_p
 from snnbench.store import SuiteFolder
-from snnbench.suite import Claim, load, published_claims, shipped
-from snnbench.tables import Cell
-
-DASH = "–"
-PUBLISHED_COLUMNS = [
-    "method", "dataset", "model", "T", "published %", "measured, best test", "verdict", "source",
-]  # fmt: skip
+from snnbench.summary import Cell
 
 LEGEND = (
     "Accuracies are % of the test set. *last*: after the last epoch (headline). *best val*: at "
     "the epoch chosen on a validation split cut from train. *best test*: optimistic, for "
     "comparison with papers only. Mean ± half a 95% Student-t interval (n seeds); Δ is paired by "
-    "seed, weights and batches. Spikes, SOPs and MACs are per test sample; memory and time are "
-    "those of training steps, and compare within one machine only; on a CPU the peak is that of "
-    "the whole process, torch included."
+    "seed, weights and batches, and bold where its interval excludes 0. Spikes, SOPs and MACs are "
+    "per test sample; memory and time are those of training steps, and compare within one machine "
+    "only; on a CPU the peak is that of the whole process, torch included."
 )
+KEYS = ("T", "dataset", "model")
+NOT_FIGURES = {"T", "seed", "schema", "data_verified", "best_val_epoch"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What of the results to show, and in which order; empty means the default."""
+
+    by: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    sort: str = ""
+    baseline: str = "bptt"
+    where: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,179 +56,169 @@ class Report:
     columns: list[str]
     rows: list[list[str]]
     keys: int  # columns that say what a row is; the others are figures
+    strong: frozenset[tuple[int, int]]  # row and column of what stands out of its interval
+    breaks: frozenset[int]  # rows before which a new block begins
+    figures: list[Column]
+    findings: list[str]
+    across: list[list[str]]
     published: list[list[str]]
     notes: list[str]
+    cells: list[Cell]
     records: list[dict[str, Any]]
 
 
-def build(folder: SuiteFolder) -> Report:
-    """The report of one suite's results."""
-    frame = tables.read_runs(folder)
-    plan = folder.plan() or {}
-    cells = tables.summarise(frame)
-    lifted, own = _split_constant(cells)
-    own += tables.differing_settings(cells)
+def build(folders: SuiteFolder | Sequence[SuiteFolder], view: View | None = None) -> Report:
+    """The report of the results of one suite, or of several together. Raises UsageError."""
+    view = view or View()
+    folders = [folders] if isinstance(folders, SuiteFolder) else folders
+    return of(source.read(folders, view.where), view)
+
+
+def of(read: Source, view: View, everything: bool = False) -> Report:
+    """The report of what was read; with `everything`, every column that has a value."""
+    frame = read.runs
+    by = list(dict.fromkeys([*view.by, *(["results"] if read.apart else [])]))
+    unknown = [name for name in by if name not in frame]
+    if unknown:
+        close = did_you_mean(unknown[0], map(str, frame))
+        raise UsageError(f"--by {unknown[0]}: no such column{close}")
+    extra = ["kind"] if "kind" in frame and frame["kind"].nunique() > 1 else []
+    cells = summary.summarise(frame, view.baseline, _numeric(frame), [*extra, *by])
+    _check_baseline(view.baseline, frame, cells)
+    lifted = {k: str(cells[0].conditions[k]) for k in KEYS if cells and _constant(cells, k)}
+    own = [k for k in KEYS if cells and k not in lifted and k not in by]
+    own = [*by, *own, *extra, *summary.differing_settings(cells)]
+    figures = _figures(view, frame, cells, everything)
+    cells = _in_order(cells, view, by, [*columns.catalogue(view.baseline, _numeric(frame))])
     named = _named_settings(frame)
-    figures = [*FIGURES, *(f for f in OPTIONAL if any(f[1](c) != DASH for c in cells))]
-    suite = plan.get("suite", {})
+    strong = {
+        (r, 1 + len(own) + i)
+        for r, cell in enumerate(cells)
+        for i, column in enumerate(figures)
+        if isinstance(column, columns.Difference)
+        and cell.versus
+        and cell.versus.difference.excludes_zero
+    }
     return Report(
-        title=str(suite.get("name", folder.path.name)),
-        claim=str(suite.get("claim", "")),
-        facts=_facts(frame, lifted),
+        title=read.title,
+        claim=read.claim,
+        facts=_facts(read, lifted, cells),
         columns=[
             "method",
             *("settings" if k == "settings_hash" else k for k in own),
-            *(heading for heading, _ in figures),
+            *(column.heading for column in figures),
         ],
         rows=[
             [
                 c.label,
                 *(named.get(c.conditions[k], str(c.conditions[k])) for k in own),
-                *(write(c) for _, write in figures),
+                *(column.text(c) for column in figures),
             ]
             for c in cells
         ],
         keys=1 + len(own),
-        published=_published(str(suite.get("name", folder.path.name)), cells, frame),
-        notes=_notes(frame, plan),
-        records=[_record(cell) for cell in cells],
+        strong=frozenset(strong),
+        breaks=frozenset(
+            i
+            for i in range(1, len(cells))
+            if any(str(cells[i].conditions[k]) != str(cells[i - 1].conditions[k]) for k in view.by)
+        ),
+        figures=figures,
+        findings=findings(cells, view.baseline),
+        across=across(cells, view.baseline),
+        published=published(read.suites, cells, frame),
+        notes=_notes(read),
+        cells=cells,
+        records=[record(cell, _numeric(frame)) for cell in cells],
     )
 
 
-def _split_constant(cells: list[Cell]) -> tuple[dict[str, str], list[str]]:
+def _numeric(frame: pd.DataFrame) -> list[str]:
+    """Columns of figures that were measured."""
+    return [
+        str(c)
+        for c in frame.columns
+        if c not in NOT_FIGURES
+        and pd.api.types.is_numeric_dtype(frame[c])
+        and not pd.api.types.is_bool_dtype(frame[c])
+        and frame[c].notna().any()
+    ]
+
+
+def _constant(cells: Sequence[Cell], key: str) -> bool:
     """Conditions equal in all cells are said once, above the table; the others are columns."""
-    keys = ("T", "dataset", "model")
-    values = {k: {str(c.conditions[k]) for c in cells} for k in keys}
-    lifted = {k: next(iter(v)) for k, v in values.items() if len(v) == 1}
-    return lifted, [k for k in keys if k not in lifted]
+    return len({str(c.conditions[key]) for c in cells}) == 1
 
 
-def percent(e: Estimate | None, n: bool = False, sign: bool = False) -> str:
-    """`97.21 ± 1.03 (3)`; a dash where nothing was measured."""
-    if e is None:
-        return DASH
-    text = f"{100 * e.mean:{'+' if sign else ''}.2f}"
-    text += f" ± {100 * e.half:.2f}" if e.half is not None else ""
-    return text + (f" ({e.n})" if n or (sign and e.half is None) else "")
+def _check_baseline(wanted: str, frame: pd.DataFrame, cells: Sequence[Cell]) -> None:
+    labels = list(summary.method_labels(frame).values())
+    if wanted == "bptt" or wanted in labels or wanted in set(frame["method"]) or not cells:
+        return
+    raise UsageError(f"--baseline {wanted}: no such method here{did_you_mean(wanted, labels)}")
 
 
-def quantity(e: Estimate | None) -> str:
-    """The mean with a k, M or G."""
-    if e is None:
-        return DASH
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(e.mean) >= 0.9995 * size:  # what rounds to 1.00
-            return f"{e.mean / size:.3g} {unit}"
-    return f"{e.mean:.4g}"
+def _figures(
+    view: View, frame: pd.DataFrame, cells: Sequence[Cell], everything: bool
+) -> list[Column]:
+    """Columns of figures: those asked for, or the usual ones and what else was measured."""
+
+    def measured(found: Sequence[Column]) -> list[Column]:
+        return [c for c in found if any(c.text(cell) != columns.DASH for cell in cells)]
+
+    known = columns.catalogue(view.baseline, _numeric(frame))
+    if view.columns and list(view.columns) != ["all"]:
+        return columns.chosen(view.columns, known)
+    core = columns.core(view.baseline)
+    # A suite that measures cost only has no accuracy to show.
+    if "kind" in frame and not (frame["kind"] == "train").any():
+        core = measured(core)
+    # p stands where so many pairs could have shown anything.
+    able = [c for c in cells if c.versus and smallest_p(c.versus.difference.n) <= ALPHA]
+    core[4:4] = [columns.EXACT_P] if able and len(core) > len(columns.COSTS) else []
+    if everything or view.columns:
+        return [*core, *(c for c in measured(known) if c not in core and c is not columns.EXACT_P)]
+    return [*core, *measured(columns.OPTIONAL)]
 
 
-def number(e: Estimate | None, digits: int, scale: float = 1.0) -> str:
-    """The mean with a fixed number of digits."""
-    return DASH if e is None else f"{e.mean * scale:.{digits}f}"
+def _in_order(
+    cells: list[Cell], view: View, by: Sequence[str], known: Sequence[Column]
+) -> list[Cell]:
+    """By blocks, then by the column asked for, missing figures last."""
+    if view.sort:
+        down, name = view.sort.startswith("-"), view.sort.removeprefix("-")
+        if name in (*tables.CELL, "label"):
+            text = [c.label if name == "label" else str(c.conditions[name]) for c in cells]
+            order = sorted(range(len(cells)), key=lambda i: _natural(text[i]), reverse=down)
+        else:
+            (column,) = columns.chosen([name], known)
+            found = [column.estimate(c) for c in cells]
+            means = [math.nan if e is None else -e.mean if down else e.mean for e in found]
+            order = sorted(range(len(cells)), key=lambda i: (math.isnan(means[i]), means[i]))
+        cells = [cells[i] for i in order]
+    return sorted(cells, key=lambda c: [_natural(str(c.conditions[k])) for k in by])
 
 
-def _metric(name: str, write: Callable[..., str], *how: float) -> Callable[[Cell], str]:
-    return lambda cell: write(cell.estimates[name], *how)
-
-
-FIGURES: list[tuple[str, Callable[[Cell], str]]] = [
-    ("last", lambda cell: percent(cell.estimates["test_acc"], n=True)),
-    ("best val", _metric("test_acc_best_val", percent)),
-    ("best test", _metric("test_acc_best_test", percent)),
-    ("Δ last vs bptt", lambda cell: percent(cell.vs_bptt, sign=True)),
-    ("spikes", _metric("spikes_per_sample", quantity)),
-    ("rate", _metric("firing_rate", number, 3)),
-    ("SOPs", _metric("sops_per_sample", quantity)),
-    ("MACs", _metric("macs_per_sample", quantity)),
-    ("peak MiB", _metric("peak_bytes", number, 1, 2**-20)),
-    ("saved MiB", _metric("saved_bytes", number, 2, 2**-20)),
-    ("step ms", _metric("step_ms_p50", number, 2)),
-]
-
-
-def _with_heads(cell: Cell) -> str:
-    """Nothing where the heads end at weight 0, and so change nothing."""
-    e, plain = cell.estimates["test_acc_with_heads"], cell.estimates["test_acc"]
-    return DASH if e is None or plain is None or e.mean == plain.mean else percent(e)
-
-
-# Shown where at least one cell has them.
-OPTIONAL: list[tuple[str, Callable[[Cell], str]]] = [
-    ("last with heads", lambda cell: _with_heads(cell)),
-    ("cos init", _metric("grad_cos_bptt_init", number, 3)),
-    ("norm ratio init", _metric("grad_norm_ratio_init", number, 3)),
-    ("cos", _metric("grad_cos_bptt", number, 3)),
-    ("norm ratio", _metric("grad_norm_ratio", number, 3)),
-]
+def _natural(text: str) -> tuple[bool, float, str]:
+    try:
+        return (False, float(text), "")
+    except ValueError:
+        return (True, 0.0, text)
 
 
 def _named_settings(frame: pd.DataFrame) -> dict[str, str]:
     """What sets the settings of a cell apart from those of the others, by their hash."""
     both = zip(frame["settings_hash"], frame["settings"], strict=True)
-    flat = {h: _flat(json.loads(s)) for h, s in both if isinstance(s, str)}
-    keys = sorted({k for f in flat.values() for k in f})
-    varied = [k for k in keys if len({str(f.get(k)) for f in flat.values()}) > 1]
+    found = {h: flat(json.loads(s)) for h, s in both if isinstance(s, str)}
+    keys = sorted({k for f in found.values() for k in f})
+    varied = [k for k in keys if len({str(f.get(k)) for f in found.values()}) > 1]
     return {
-        h: ", ".join(f"{k}={f.get(k)}" for k in varied) for h, f in flat.items() if len(flat) > 1
+        h: ", ".join(f"{k}={f.get(k)}" for k in varied) for h, f in found.items() if len(found) > 1
     }
 
 
-def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested settings by their key paths."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        where = f"{path}{key}"
-        flat |= _flat(value, f"{where}.") if isinstance(value, dict) else {where: value}
-    return flat
-
-
-def _published(suite: str, cells: list[Cell], frame: pd.DataFrame) -> list[list[str]]:
-    """Published figures beside those measured by the papers' rule, and the verdict."""
-    rows = []
-    settings = dict(zip(frame["settings_hash"], frame["settings"], strict=True))
-    for claim in published_claims():
-        if claim.suite != suite:
-            continue
-        keys = ("dataset", "model", "method", "T")
-        found = [c for c in cells if all(c.conditions[k] == getattr(claim, k) for k in keys)]
-        options = claim.options or {}
-        found = [
-            c for c in found if options.items() <= json.loads(c.conditions["method_config"]).items()
-        ]
-        for cell in found:
-            value = cell.estimates["test_acc_best_test"]
-            recipe = json.loads(settings[cell.conditions["settings_hash"]])
-            rows.append(
-                [
-                    cell.label,
-                    claim.dataset,
-                    claim.model,
-                    str(claim.T),
-                    f"{claim.value:.2f}" + ("" if claim.verified else " (unverified)"),
-                    percent(value, n=True),
-                    _verdict(claim, cell, recipe),
-                    claim.source,
-                ]
-            )
-    return rows
-
-
-def _verdict(claim: Claim, cell: Cell, settings: dict[str, Any]) -> str:
-    value = cell.estimates["test_acc_best_test"]
-    epochs = cell.estimates["epochs"]
-    if value is None or epochs is None:
-        return "not measured"
-    if epochs.mean != claim.epochs:
-        return f"not comparable: {epochs.mean:g} epochs, not {claim.epochs}"
-    if changed := _changed_recipe(claim.suite, settings):
-        return f"not comparable: other {', '.join(changed)}"
-    difference = 100 * value.mean - claim.value
-    inside = abs(difference) <= claim.tolerance
-    return f"{'inside' if inside else 'outside'} ±{claim.tolerance:g} ({difference:+.2f})"
-
-
-def _facts(frame: pd.DataFrame, lifted: dict[str, str]) -> list[str]:
-    """Where, with what and on what the figures were measured."""
+def _facts(read: Source, lifted: dict[str, str], cells: Sequence[Cell]) -> list[str]:
+    """Where, with what, on what and how often the figures were measured."""
+    frame = read.runs
 
     def values(name: str) -> str:
         found = sorted({str(v) for v in frame[name].dropna()})
@@ -220,12 +226,23 @@ def _facts(frame: pd.DataFrame, lifted: dict[str, str]) -> list[str]:
 
     known = "precision_path" in frame and frame["precision_path"].notna().any()
     precision = "precision_path" if known else "precision"
+    machines = frame.dropna(subset=["machine_id"]).groupby("machine_id")["device"].first()
     facts = [f"{k}: {v}" for k, v in lifted.items()]
+    for machine, device in machines.items():
+        facts.append(f"machine: {'unknown' if pd.isna(device) else device} ({machine})")
+    if len(machines) > 1:
+        facts.append("several machines: each has rows of its own, and no difference spans two")
     facts += [
-        f"machine: {values('device')} ({values('machine_id')})",
         f"versions: snnbench {values('version')}, torch {values('torch')}",
         f"kernel: {values('kernel_path')}, precision: {values(precision)}",
     ]
+    if cells:
+        ns = sorted({c.n for c in cells})
+        n = str(ns[0]) if len(ns) == 1 else f"{ns[0]} to {ns[-1]}"
+        facts.append(f"n: {n} seeds a row; the headline is the last epoch, nothing is selected")
+    if read.where:
+        shown = ", ".join(f"{k} = {' or '.join(v)}" for k, v in read.where.items())
+        facts.append(f"only runs with {shown}")
     unverified = frame[frame["data_verified"].astype(str).str.lower() == "false"]
     if len(unverified):
         names = ", ".join(sorted(set(unverified["dataset"])))
@@ -233,18 +250,22 @@ def _facts(frame: pd.DataFrame, lifted: dict[str, str]) -> list[str]:
     return facts
 
 
-def _notes(frame: pd.DataFrame, plan: dict[str, Any]) -> list[str]:
+def _notes(read: Source) -> list[str]:
     """Counts, failures with their reasons, what is missing, and what the running cost."""
-    counts = tables.counts(frame)
+    frame = read.runs
+    counts = summary.counts(frame)
     notes = ["runs: " + ", ".join(f"{n} {status}" for status, n in counts.items())]
-    for _, row in tables.failures(frame).iterrows():
+    for _, row in summary.failures(frame).iterrows():
         notes.append(f"{row['status']}: {row['run_id']}: {row['reason']}")
-    absent = set(plan.get("runs", [])) - set(frame["run_id"])
-    if absent:
-        notes.append(f"missing: {len(absent)} of {len(plan['runs'])} planned runs have not begun")
+    if absent := read.missing():
+        notes.append(f"missing: {absent} of {read.planned()} planned runs have not begun")
     sources = frame["source_hash"].dropna().nunique()
     if sources > 1:
         notes.append(f"stale: the figures come from {sources} versions of the code; --redo renews")
+    notes += _unmeasured(frame)
+    if "timing_warning" in frame:
+        for text, n in frame["timing_warning"].dropna().value_counts().items():
+            notes.append(f"times: {text} ({n} of {len(frame)} runs)")
     overhead = frame["overhead_s"].dropna().astype(float)
     if len(overhead):
         notes.append(
@@ -254,30 +275,54 @@ def _notes(frame: pd.DataFrame, plan: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _changed_recipe(suite: str, settings: dict[str, Any]) -> list[str]:
-    """Settings that differ from the shipped suite of that name, or that make the data smaller."""
-    shipped_suite = next(s for s in map(load, shipped()) if s.name == suite)
-    train = {k: v for k, v in asdict(shipped_suite.train).items() if k != "timeout_s"}
-    wanted = {"train": train, "data": shipped_suite.data, "model": shipped_suite.model}
-    wanted["data"] = {"train_limit": None, "test_limit": None, **wanted["data"]}
-    wanted["model"] = {"width": 1.0, **wanted["model"]}
-    mine = _flat(settings)
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in _flat(wanted).items()}
-    return [k for k, v in plain.items() if mine.get(k, v) != v]
+def _unmeasured(frame: pd.DataFrame) -> list[str]:
+    """One line for each reason why something was not measured, with what it was."""
+    found: dict[str, dict[str, int]] = {}
+    for text in frame["null_reasons"].dropna():
+        for name, why in json.loads(text).items():
+            names = found.setdefault(str(why), {})
+            names[name] = names.get(name, 0) + 1
+    return [
+        f"not measured: {', '.join(names)}: {why} ({max(names.values())} of {len(frame)} runs)"
+        for why, names in found.items()
+    ]
 
 
+_DIFFERENCE = ("test_acc_vs_bptt", "test_acc_vs_baseline")
 RECORD_COLUMNS = [
     "label", *tables.CELL, "n",
     *(f"{name}{end}" for name in (*tables.ESTIMATED, "test_acc_vs_bptt") for end in ("", "_ci95")),
+    "test_acc_boot_low", "test_acc_boot_high", "baseline", "test_acc_vs_baseline",
+    "test_acc_vs_baseline_ci95", "test_acc_vs_baseline_boot_low", "test_acc_vs_baseline_boot_high",
+    "pairs", "p", "p_holm", "probability_of_improvement",
 ]  # fmt: skip
 
 
-def _record(cell: Cell) -> dict[str, Any]:
-    """One summary row as numbers, for csv and json."""
-    record: dict[str, Any] = {"label": cell.label, **cell.conditions, "n": cell.n}
-    for name, e in (*cell.estimates.items(), ("test_acc_vs_bptt", cell.vs_bptt)):
-        record[name] = None if e is None else e.mean
-        record[f"{name}_ci95"] = None if e is None else e.half
+def record(cell: Cell, measured: Sequence[str] = ()) -> dict[str, Any]:
+    """One summary row as numbers, for csv, json and parquet."""
+    found: dict[str, Any] = {"label": cell.label, **cell.conditions, "n": cell.n}
+    versus = cell.versus
+    difference = versus.difference if versus else None
+    to_bptt = difference if versus and versus.baseline == "bptt" else None
+    both = zip(_DIFFERENCE, (to_bptt, difference), strict=True)
+    for name, e in (*cell.estimates.items(), *both):
+        found[name] = None if e is None else e.mean
+        found[f"{name}_ci95"] = None if e is None else e.half
+    intervals = {
+        "test_acc": cell.accuracies,
+        "test_acc_vs_baseline": versus.values if versus else (),
+    }
+    for name, values in intervals.items():
+        ends = bootstrap(values) or (None, None)
+        found[f"{name}_boot_low"], found[f"{name}_boot_high"] = ends
+    if versus:
+        found |= {
+            "baseline": versus.baseline, "pairs": len(versus.values), "p": versus.p,
+            "p_holm": versus.p_holm, "probability_of_improvement": versus.improvement,
+        }  # fmt: skip
+    more = [f"{m}{end}" for m in measured if m in cell.estimates for end in ("", "_ci95")]
+    by = [k for k in cell.conditions if k not in tables.CELL]
     return {
-        k: record[k].item() if hasattr(record[k], "item") else record[k] for k in RECORD_COLUMNS
+        k: v.item() if isinstance(v := found.get(k), np.generic) else v
+        for k in dict.fromkeys([*RECORD_COLUMNS, *by, *more])
     }

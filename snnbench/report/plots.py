@@ -1,125 +1,340 @@
-"""Figures from the tables, one file each. The only door to matplotlib."""
+"""Figures from the tables. One that cannot be drawn says in one line what is missing for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from snnbench import stats
 from snnbench.errors import ResultsError, UsageError
-from snnbench.store import SuiteFolder
-from snnbench.tables import method_labels, read_runs
+from snnbench.report import canvas
+from snnbench.report.source import Source
+from snnbench.spec import did_you_mean
+from snnbench.summary import Cell, method_labels, summarise
 
-# Okabe-Ito: told apart by readers with any kind of colour vision, and in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B4513")
-MARKERS = "osD^vPX*"
+MOST_PANELS = 6
+FACTORS = np.geomspace(1, 32, 200)
 
 
-def draw(folder: SuiteFolder, figure: str, output: Path) -> Path:
-    """Draw one figure of a suite's results into a file; its format is that of the suffix."""
+def draw(source: Source, figure: str, outputs: Sequence[Path]) -> list[Path]:
+    """Draw one figure into files, each in the format of its suffix. Raises ResultsError."""
     if figure not in FIGURES:
-        raise UsageError(f"unknown figure '{figure}'; it can be: {', '.join(FIGURES)}")
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise UsageError('figures need matplotlib: pip install "snnbench[report]"') from error
-    mpl.use("Agg")
-    drawn = FIGURES[figure](folder)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        drawn.savefig(output, dpi=160)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{output}: cannot be written: {error}") from error
-    return output
+        raise UsageError(f"unknown figure '{figure}'{did_you_mean(figure, FIGURES)}")
+    with canvas.drawing(figure):
+        drawn = FIGURES[figure](source)
+        return [canvas.save(drawn, path) for path in outputs]
 
 
-def fidelity(folder: SuiteFolder) -> Any:
-    """Cosine and norm ratio to BPTT by layer, at initialisation and when measured last."""
-    try:
-        frame = pd.read_csv(folder.fidelity_csv)
-    except (OSError, ValueError) as error:
-        raise ResultsError(
-            f"{folder.fidelity_csv}: no gradient fidelity was measured; set "
-            "[measure.gradient_fidelity] every = 1 in the suite"
-        ) from error
-    last = frame["T"].max()
-    frame = frame[frame["T"] == last]
-    when = {"at initialisation": frame["epoch"].min(), "after training": frame["epoch"].max()}
-    figure, axes = _panels(2, len(when), f"Gradients against exact BPTT, T = {last}")
-    labels = method_labels(frame)
-    for row, (column, name) in enumerate((("cos", "cosine"), ("norm_ratio", "norm ratio"))):
-        for place, (title, epoch) in enumerate(when.items()):
-            axis = axes[row][place]
-            axis.axhline(1, color="0.7", linewidth=0.8)
-            for i, (key, label) in enumerate(labels.items()):
-                mine = frame[(frame["method"] == key[0]) & (frame["method_config"] == key[1])]
-                mine = mine[mine["epoch"] == epoch].groupby("depth")[column]
-                axis.errorbar(
-                    mine.mean().index, mine.mean(), mine.std().fillna(0), label=label, **_style(i)
-                )
-            axis.set_title(title if row == 0 else "")
+def inline(source: Source, figure: str) -> str:
+    """The figure as <svg> for a page; raises ResultsError where it cannot be drawn."""
+    with canvas.drawing(figure):
+        return canvas.inline(FIGURES[figure](source), figure)
+
+
+def _measured(source: Source, column: str) -> pd.DataFrame:
+    """Runs that are done and have the figure, with their labels."""
+    runs = source.runs
+    runs = runs[runs["status"] == "done"]
+    found = runs[runs[column].notna()] if column in runs else runs.iloc[:0]
+    if found.empty:
+        raise ResultsError(f"no run has a value of '{column}'")
+    return _labelled(source, found)
+
+
+def _labelled(source: Source, frame: pd.DataFrame) -> pd.DataFrame:
+    """With a column `label` and the number of its style, from the rows of runs."""
+    labels = method_labels(source.runs)
+    runs = source.runs.drop_duplicates(["results", "run_id"])
+    keys = list(zip(runs["method"], runs["method_config"], strict=True))
+    names = runs[["results", "run_id"]].assign(
+        label=[labels[k] for k in keys], style=[list(labels).index(k) for k in keys]
+    )
+    return frame.merge(names, on=["results", "run_id"])
+
+
+def _workloads(frame: pd.DataFrame, *keys: str) -> tuple[list[tuple[str, pd.DataFrame]], str]:
+    """The rows of each panel with its title, and what to say if there are too many panels."""
+    names = [k for k in keys if frame[k].nunique(dropna=False) > 1]
+    if not names:
+        return [("", frame)], ""
+    found = [
+        (", ".join(f"{k} = {v}" for k, v in zip(names, key, strict=True)), rows)
+        for key, rows in frame.groupby(names, dropna=False)
+    ]
+    more = f" (the first {MOST_PANELS} of {len(found)})" if len(found) > MOST_PANELS else ""
+    return found[:MOST_PANELS], more
+
+
+def _by_label(frame: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:
+    groups = [(g["label"].iloc[0], int(g["style"].iloc[0]), g) for _, g in frame.groupby("label")]
+    return sorted(groups, key=lambda g: g[1])
+
+
+def _interval(values: pd.Series) -> tuple[float, float]:
+    """Mean and half a 95% interval, 0 for one value."""
+    e = stats.estimate([float(v) for v in values.dropna()])
+    return (math.nan, 0.0) if e is None else (e.mean, e.half or 0.0)
+
+
+def over_timesteps(column: str, name: str, scale: float) -> Callable[[Source], Any]:
+    """A figure of one column against the number of timesteps, mean and interval over seeds."""
+
+    def figure_of(source: Source) -> Any:
+        frame = _measured(source, column)
+        rooms, more = _workloads(frame, "dataset", "model", "machine_id", "kernel", "precision")
+        figure, axes = canvas.grid(
+            len(rooms), f"{source.title}: mean and 95% interval over seeds{more}"
+        )
+        for axis, (title, rows) in zip(axes, rooms, strict=True):
+            for label, i, mine in _by_label(rows):
+                at = [(T, *_interval(g[column] * scale)) for T, g in mine.groupby("T")]
+                steps, means, halves = zip(*at, strict=True)
+                axis.errorbar(steps, means, halves, label=label, **canvas.style(i))
+            canvas.timesteps(axis, sorted(rows["T"].unique()))
+            axis.set_title(title)
             axis.set_ylabel(name)
-            axis.set_xlabel("layer, by depth" if row else "")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, axes[0][0])
-    return figure
-
-
-def over_timesteps(column: str, name: str, scale: float) -> Callable[[SuiteFolder], Any]:
-    """A figure of one column against the number of timesteps, mean and range over seeds."""
-
-    def figure_of(folder: SuiteFolder) -> Any:
-        frame = read_runs(folder)
-        frame = frame[(frame["status"] == "done") & frame[column].notna()]
-        if frame.empty:
-            raise ResultsError(f"{folder.runs_csv}: no run has a value of '{column}'")
-        figure, axes = _panels(1, 1, f"{folder.path.name}: mean and range over seeds")
-        axis = axes[0][0]
-        for i, ((method, config), label) in enumerate(method_labels(frame).items()):
-            mine = frame[(frame["method"] == method) & (frame["method_config"] == config)]
-            values = (mine[column] * scale).groupby(mine["T"])
-            spread = [values.mean() - values.min(), values.max() - values.mean()]
-            axis.errorbar(values.mean().index, values.mean(), spread, label=label, **_style(i))
-        axis.set_xscale("log", base=2)
-        steps = sorted(frame["T"].unique())
-        axis.set_xticks(steps, [str(T) for T in steps])
-        axis.set_xlabel("timesteps T")
-        axis.set_ylabel(name)
-        _legend(figure, axis)
+        canvas.legend(figure, axes)
         return figure
 
     return figure_of
 
 
-FIGURES: dict[str, Callable[[SuiteFolder], Any]] = {
-    "fidelity": fidelity,
-    "accuracy": over_timesteps("test_acc", "test accuracy after the last epoch, %", 100),
+def pareto(column: str, name: str, scale: float) -> Callable[[Source], Any]:
+    """Accuracy against a cost; the line joins what nothing else beats in both."""
+
+    def figure_of(source: Source) -> Any:
+        _measured(source, column)
+        accurate = _measured(source, "test_acc")
+        styles = dict(zip(accurate["label"], accurate["style"], strict=True))
+        cells = [
+            c
+            for c in summarise(source.runs, metrics=[column])
+            if _known(c, "test_acc") and _known(c, column)
+        ]
+        keys = ("dataset", "model", "machine_id")
+        varied = [k for k in keys if len({str(c.conditions[k]) for c in cells}) > 1]
+        rooms: dict[str, list[Cell]] = {}
+        for c in cells:
+            title = ", ".join(f"{k} = {c.conditions[k]}" for k in varied)
+            rooms.setdefault(title, []).append(c)
+        more = f" (the first {MOST_PANELS} of {len(rooms)})" if len(rooms) > MOST_PANELS else ""
+        shown = list(rooms.items())[:MOST_PANELS]
+        figure, axes = canvas.grid(
+            len(shown), f"{source.title}: 95% intervals; grey is the Pareto front{more}"
+        )
+        for axis, (title, members) in zip(axes, shown, strict=True):
+            points = []
+            for label in dict.fromkeys(c.label for c in members):
+                mine = sorted(
+                    (c for c in members if c.label == label), key=lambda c: int(c.conditions["T"])
+                )
+                points += _trail(axis, mine, column, scale, styles[label])
+            front = pareto_front(points)
+            axis.plot(*zip(*front, strict=True), color=canvas.INK, alpha=0.3, linewidth=5,
+                      solid_capstyle="round", zorder=0)  # fmt: skip
+            if max(x for x, _ in points) > 8 * max(min(x for x, _ in points), 1e-12):
+                canvas.logarithmic(axis, "x")
+            axis.set_title(title)
+            axis.set_xlabel(name)
+            axis.set_ylabel("test accuracy, last epoch, %")
+        canvas.legend(figure, axes)
+        return figure
+
+    return figure_of
+
+
+def _trail(
+    axis: Any, cells: Sequence[Cell], column: str, scale: float, look: int
+) -> list[tuple[float, float]]:
+    """One method's points, joined from the smallest T to the largest."""
+    pairs = [(c.estimates[column], c.estimates["test_acc"]) for c in cells]
+    at = [(x.mean * scale, 100 * y.mean) for x, y in pairs if x and y]
+    halves = [((x.half or 0) * scale, 100 * (y.half or 0)) for x, y in pairs if x and y]
+    (xs, ys), (across, up) = zip(*at, strict=True), zip(*halves, strict=True)
+    axis.errorbar(xs, ys, up, across, label=cells[0].label,
+                  **{**canvas.style(look), "linewidth": 0.8, "elinewidth": 0.5})  # fmt: skip
+    if len(cells) > 1:
+        for i in (0, -1):
+            axis.annotate(f"T={cells[i].conditions['T']}", at[i], xytext=(5, 3), fontsize=6,
+                          textcoords="offset points")  # fmt: skip
+    return at
+
+
+def _known(cell: Cell, column: str) -> bool:
+    e = cell.estimates.get(column)
+    return e is not None and math.isfinite(e.mean)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other is left of (cheaper) and at least as high as, from left to right."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def curves(source: Source) -> Any:
+    """Training loss and test accuracy by epoch, mean and interval over seeds."""
+    frame = source.epochs
+    if frame.empty or "train_loss" not in frame:
+        raise ResultsError("no epochs.csv with 'train_loss' beside the table of runs")
+    ended = source.runs.loc[source.runs["status"] == "done", ["results", "run_id"]]
+    frame = _labelled(source, frame.merge(ended, on=["results", "run_id"]))
+    if frame.empty:
+        raise ResultsError("no run that is done has epochs")
+    rooms, more = _workloads(frame, "dataset", "model", "T")
+    rooms = rooms[:3]
+    down, along = (2, len(rooms)) if len(rooms) > 1 else (1, 2)
+    figure, axes = canvas.panels(
+        down, along, f"{source.title}: mean and 95% interval over seeds{more}"
+    )
+    columns = (("test_acc", "test accuracy, %", 100.0), ("train_loss", "training loss", 1.0))
+    for place, (title, rows) in enumerate(rooms):
+        for which, (column, name, scale) in enumerate(columns):
+            axis = axes[which][place] if down == 2 else axes[0][which]
+            _bands(axis, rows, column, scale)
+            axis.set_title(title if which == 0 else "")
+            axis.set_ylabel(name if place == 0 else "")
+            axis.set_xlabel("epoch" if which == down - 1 or down == 1 else "")
+    canvas.legend(figure, axes.flat)
+    return figure
+
+
+def _bands(axis: Any, rows: pd.DataFrame, column: str, scale: float) -> None:
+    """Mean by epoch of every method, in a band of its interval."""
+    for label, i, mine in _by_label(rows):
+        at = [(e, *_interval(g[column] * scale)) for e, g in mine.groupby("epoch")]
+        epochs, means, halves = map(np.array, zip(*at, strict=True))
+        look = {k: canvas.style(i)[k] for k in ("color", "linestyle", "linewidth")}
+        axis.plot(epochs, means, label=label, **look)
+        axis.fill_between(epochs, means - halves, means + halves, color=look["color"],
+                          alpha=0.12, linewidth=0)  # fmt: skip
+    if column == "train_loss" and (rows[column].dropna() > 0).all():
+        canvas.logarithmic(axis, "y")
+        axis.set_ylim(bottom=0.7 * rows[column].min())
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def by_layer(source: Source) -> Any:
+    """Firing rate and gradient norm of every layer, by depth."""
+    frame = source.layers
+    named = {"firing_rate": "firing rate", "grad_norm": "gradient norm"}
+    columns = [c for c in named if c in frame and frame[c].notna().any()]
+    if not columns:
+        raise ResultsError("no layers.csv with 'firing_rate' or 'grad_norm' was written")
+    frame = _labelled(source, frame)
+    T = source.runs.drop_duplicates(["results", "run_id"]).set_index(["results", "run_id"])["T"]
+    at = pd.MultiIndex.from_frame(frame[["results", "run_id"]])
+    frame = frame.assign(T_of_run=T.reindex(at).to_numpy())
+    frame = frame[frame["T_of_run"] == frame["T_of_run"].max()]
+    figure, axes = canvas.panels(
+        1, len(columns), f"{source.title}: by layer, T = {frame['T_of_run'].max()}"
+    )
+    for axis, column in zip(axes[0], columns, strict=True):
+        for label, i, mine in _by_label(frame):
+            mine = mine[mine[column].notna()]
+            values = [(d, *_interval(g[column])) for d, g in mine.groupby("depth")]
+            if values:
+                axis.errorbar(*zip(*values, strict=True), label=label, **canvas.style(i))
+        axis.set_xlabel("layer, by depth")
+        axis.set_ylabel(named[column])
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if column == "grad_norm" and (frame[column].dropna() > 0).all():
+            canvas.logarithmic(axis, "y")
+    canvas.legend(figure, axes[0])
+    return figure
+
+
+def fidelity(source: Source) -> Any:
+    """Cosine and norm ratio to BPTT by layer, at initialisation and when measured last."""
+    frame = source.fidelity
+    if frame.empty:
+        raise ResultsError(
+            "no gradient fidelity was measured; set [measure.gradient_fidelity] every = 1 in the "
+            "suite"
+        )
+    last = frame["T"].max()
+    frame = _labelled(source, frame[frame["T"] == last])
+    when = {"at initialisation": frame["epoch"].min(), "after training": frame["epoch"].max()}
+    figure, axes = canvas.panels(2, len(when), f"Gradients against exact BPTT, T = {last}")
+    for row, (column, name) in enumerate((("cos", "cosine"), ("norm_ratio", "norm ratio"))):
+        for place, (title, epoch) in enumerate(when.items()):
+            axis = axes[row][place]
+            axis.axhline(1, color=canvas.INK, alpha=0.3, linewidth=0.8)
+            for label, i, mine in _by_label(frame[frame["epoch"] == epoch]):
+                at = [(d, *_interval(g[column])) for d, g in mine.groupby("depth")]
+                axis.errorbar(*zip(*at, strict=True), label=label, **canvas.style(i))
+            axis.set_title(title if row == 0 else "")
+            axis.set_ylabel(name)
+            axis.set_xlabel("layer, by depth" if row else "")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    canvas.legend(figure, axes[0])
+    return figure
+
+
+def profiles(source: Source) -> Any:
+    """Share of workloads on which a method reaches the target within a factor of the fastest."""
+    try:
+        frame = _measured(source, "time_to_target_s")
+    except ResultsError as error:
+        raise ResultsError(f"{error}; set [measure] target in the suite") from error
+    keys = ["dataset", "model", "T", "settings_hash", "machine_id", "seed"]
+    costs_by = frame.groupby([*keys, "label"])["time_to_target_s"].min()
+    table = costs_by.unstack("label").dropna()  # what every method was tried on
+    if table.empty:
+        raise ResultsError("no workload and seed on which every method was tried")
+    figure, axes = canvas.panels(
+        1, 1, f"{source.title}: time to target over {len(table)} workloads and seeds"
+    )
+    axis = axes[0][0]
+    costs = {str(label): table[label].tolist() for label in table}
+    shares = stats.profiles(costs, FACTORS.tolist())
+    for label, i, _ in _by_label(frame):
+        look = canvas.style(i)
+        axis.step(FACTORS, shares[label], where="post", label=label, color=look["color"],
+                  linestyle=look["linestyle"])  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_xlabel("time over that of the fastest method")
+    axis.set_ylabel("share of workloads and seeds")
+    canvas.legend(figure, [axis])
+    return figure
+
+
+FIGURES: dict[str, Callable[[Source], Any]] = {
+    "pareto-time": pareto("train_s", "training time, s", 1),
+    "pareto-memory": pareto("saved_bytes", "saved for backward, MiB", 2**-20),
+    "pareto-sops": pareto("sops_per_sample", "synaptic operations per sample", 1),
+    "pareto-spikes": pareto("spikes_per_sample", "spikes per sample", 1),
+    "accuracy": over_timesteps("test_acc", "test accuracy, last epoch, %", 100),
     "saved": over_timesteps("saved_bytes", "saved for backward, MiB", 2**-20),
+    "peak": over_timesteps("peak_bytes", "peak memory, MiB", 2**-20),
     "step": over_timesteps("step_ms_p50", "training step, ms", 1),
     "cosine": over_timesteps("grad_cos_bptt_init", "cosine to BPTT at initialisation", 1),
+    "curves": curves,
+    "layers": by_layer,
+    "fidelity": fidelity,
+    "profiles": profiles,
 }
 
-
-def _panels(rows: int, columns: int, title: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * columns + 2.2, 3 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    figure.suptitle(title, fontsize=10)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _style(i: int) -> dict[str, Any]:
-    """Colour, marker and line of the i-th method; the second eight are dashed."""
-    line = "-" if i < len(COLOURS) else "--"
-    look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // 8) % len(MARKERS)]}
-    return {**look, "linestyle": line, "markersize": 4, "capsize": 2}
-
-
-def _legend(figure: Any, axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+SHOWS = {
+    "pareto-time": "accuracy against training time, with the Pareto front",
+    "pareto-memory": "accuracy against bytes saved for backward, with the Pareto front",
+    "pareto-sops": "accuracy against synaptic operations, with the Pareto front",
+    "pareto-spikes": "accuracy against spikes, with the Pareto front",
+    "accuracy": "accuracy against T",
+    "saved": "bytes saved for backward against T",
+    "peak": "peak memory against T",
+    "step": "time of a training step against T",
+    "cosine": "cosine to BPTT's gradient at initialisation against T",
+    "curves": "accuracy and loss by epoch, in bands over seeds",
+    "layers": "firing rate and gradient norm by layer",
+    "fidelity": "cosine and norm ratio to BPTT's gradient by layer",
+    "profiles": "share of workloads on which a method reaches the target within a factor",
+}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from snnbench import train
 from snnbench.methods.base import Method
 
-train.CHECKPOINT_EVERY_S = 0.0
+train.EPOCH_CHECKPOINT_S = 0.0
 
 
 class Steady(Method):

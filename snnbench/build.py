@@ -1,0 +1,94 @@
+"""A spec as objects: components from the registry, data, network, engine -> `Job`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snnbench import registry
+from snnbench.engine import Engine, resolve_precision, set_matmul_precision
+from snnbench.errors import WorkerError
+from snnbench.job import Job
+from snnbench.kernels.choice import choose
+from snnbench.neurons import LIF
+from snnbench.spec import RunSpec, sub_seed, validate
+
+
+@dataclass(frozen=True)
+class Context:
+    """What belongs to this machine and not to the run: it is no part of the spec."""
+
+    data_root: str
+    allow_unverified_data: bool = False
+    device: str = "auto"
+
+
+class RunSkipped(Exception):
+    """The combination makes no sense or cannot run here; the reason is an outcome."""
+
+
+def build(spec: RunSpec, context: Context, engine: Engine) -> Job:
+    """Everything that the spec names; raises RunSkipped where it makes no sense."""
+    dataset = component("datasets", spec.dataset, spec.data)
+    data = dataset.load(Path(context.data_root), context.allow_unverified_data)
+    method = component("methods", spec.method, spec.method_config)
+    torch.manual_seed(sub_seed(spec.seed, "init"))
+    Model = registry.find("models", spec.model).load()
+    options = config(Model.Config, spec.model_options)
+    net = Model(options, data.shape, data.classes, method.neuron or config(LIF, spec.neuron))
+    if why := method.supports(net, spec.T):
+        raise RunSkipped(why)
+    return Job(spec, net, method, data, engine)
+
+
+def make_engine(spec: RunSpec, device: torch.device) -> Engine:
+    """Kernel, precision and memory as the run asks for them; RunSkipped where one cannot be."""
+    backends = {
+        name: found.load() for name, found in registry.components("kernels").items()
+        if spec.kernel in (name, "auto")
+    }  # fmt: skip
+    precision = resolve_precision(spec.precision, device)
+    try:
+        choice = choose(spec.kernel, backends, device)
+    except RuntimeError as error:
+        raise WorkerError(str(error)) from error
+    if why := set_matmul_precision(precision, device):
+        raise RunSkipped(why)
+    if spec.train.deterministic:
+        make_deterministic()
+    return Engine(device, choice, precision, spec.memory)
+
+
+def make_deterministic() -> None:
+    """Let torch take only kernels that give the same bits every time, or fail."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; RunSkipped where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RunSkipped("no CUDA device is available here")
+    return torch.device(name)
+
+
+def component(kind: str, name: str, values: dict[str, Any]) -> Any:
+    """A dataset or method with its options."""
+    cls = registry.find(kind, name).load()
+    return cls(config(cls.Config, values))
+
+
+def config(cls: Any, values: dict[str, Any]) -> Any:
+    """Options as the component's own dataclass; raises ValueError where they do not fit."""
+    errors: list[str] = []
+    found = validate(cls, values, errors)
+    if found is None:
+        raise ValueError("; ".join(errors))
+    return found
