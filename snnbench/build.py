@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from snnbench import registry
+from snnbench import group, registry
 from snnbench.engine import Engine, resolve_precision, set_matmul_precision
 from snnbench.errors import WorkerError
 from snnbench.job import Job
@@ -77,6 +77,29 @@ def device_of(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RunSkipped("no CUDA device is available here")
     return torch.device(name)
+
+
+def meet(spec: RunSpec, context: Context, rank: int, address: str) -> torch.device:
+    """The device of one of the processes that train a run together, which it joins."""
+    device, size = device_of(context.device), spec.train.devices
+    if size == 1:
+        return device
+    if device.type == "cuda":
+        if torch.cuda.device_count() < size:
+            raise RunSkipped(f"train.devices = {size}: there are {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    group.join(rank, size, address, device)
+    return device
+
+
+def of_one_device(spec: RunSpec) -> RunSpec:
+    """The part of a run that one of its devices does, for measuring its memory."""
+    recipe = spec.train
+    batch = recipe.batch_size // recipe.devices
+    return replace(spec, train=replace(recipe, batch_size=batch, devices=1))
 
 
 def component(kind: str, name: str, values: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -143,7 +144,7 @@ def print_report(
 def _fitting(report: Report, console: Console) -> list[list[int]]:
     """Columns of the table, or of several that fit on the terminal, each with the keys."""
     widths = [
-        max(map(len, column)) + 1 for column in zip(report.columns, *report.rows, strict=True)
+        max(map(cell_len, column)) + 2 for column in zip(report.columns, *report.rows, strict=True)
     ]
     keys = list(range(report.keys))
     if not console.is_terminal or sum(widths) <= console.width:

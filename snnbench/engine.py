@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnbench import group
 from snnbench.kernels.choice import Choice
 from snnbench.kernels.saved import Keeper, Level
 from snnbench.methods.base import Method
@@ -51,6 +52,7 @@ class Engine:
 
     def take(self, net: Network) -> Network:
         """Put the network on the device, in the layout and on the kernel of this engine."""
+        group.synchronise(net)
         net.to(self.device).to(memory_format=torch.channels_last)
         for layer in net.layers().values():
             layer.keeper = self.keeper

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnbench import group
 from snnbench.data.base import Split
 from snnbench.errors import DivergedError
 from snnbench.job import Job
@@ -20,6 +21,7 @@ from snnbench.measure.energy import modelled
 from snnbench.measure.gradients import fidelity
 from snnbench.measure.health import dead_layers, window_shares
 from snnbench.measure.spikes import Meter
+from snnbench.neurons import LIF
 
 WINDOW_SAMPLES = 64  # whose membranes are looked at
 
@@ -33,13 +35,16 @@ def accuracy(
     correct = torch.zeros((), dtype=torch.int64, device=job.device)
     finite = torch.ones((), dtype=torch.bool, device=job.device)
     size = job.spec.train.eval_batch_size
-    for x_B, y_B in zip(split.x.split(size), split.y.split(size), strict=True):
+    for i, (x_B, y_B) in enumerate(zip(split.x.split(size), split.y.split(size), strict=True)):
         job.stop()
+        if i % group.size() != group.rank():
+            continue  # another process looks at it
         with job.engine.autocast():
             logits_TBK = (forward or job.net)(job.data.encode(x_B, T))
         correct += (logits_TBK.mean(0).argmax(1) == y_B).sum()
         finite &= logits_TBK.isfinite().all()
-    if not finite:
+    correct, bad = group.total(correct), group.total((~finite).int())
+    if bad:
         raise DivergedError("the logits are not finite at evaluation")
     return correct.item() / len(split)
 
@@ -48,7 +53,9 @@ def accuracy_and_spikes(job: Job, split: Split, T: int) -> tuple[float, float | 
     """Accuracy, and spikes per sample; None of a network that does not spike."""
     meter = Meter(job.net)
     found = accuracy(job, split, T, lambda x_TB: job.net(x_TB, meter))
-    return found, meter.totals()["spikes_per_sample"]
+    spikes = group.total(meter.spikes().to(job.device)).item() / len(split)
+    spiking = any(isinstance(layer.physics, LIF) for layer in job.net.layers().values())
+    return found, spikes if spiking else None
 
 
 def accuracy_with_heads(job: Job, split: Split) -> float | None:

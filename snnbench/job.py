@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnbench import group
 from snnbench.data.base import Data, Split
 from snnbench.engine import LOSS_SCALE, Engine
 from snnbench.errors import DivergedError
@@ -80,13 +81,17 @@ def train_step(job: Job, at: Step, x_B: Tensor, y_B: Tensor) -> Tensor:
     with at.clock.part("backward"):
         at.optimizer.zero_grad(set_to_none=True)
         loss = fill_gradients(job, at, x_TB, target)
+        group.average_gradients(at.trainable.parameters())
+        loss = group.total(loss) / group.size()
     if at.look and not loss.isfinite():
-        with job.engine.autocast():
-            bad = first_bad_layer(job.net, x_TB)
+        bad = "not looked for on several devices"
+        if group.size() == 1:
+            with job.engine.autocast():
+                bad = first_bad_layer(job.net, x_TB)
         raise DivergedError(f"the loss became {loss.item()} at {at.name}; not finite first: {bad}")
     with at.clock.part("optimizer"):
-        for group in at.optimizer.param_groups:
-            group["lr"] = at.lr
+        for options in at.optimizer.param_groups:
+            options["lr"] = at.lr
         job.engine.update(at.trainable.parameters(), at.optimizer, config.clip_norm)
     return loss
 
@@ -120,7 +125,7 @@ def warm_up(job: Job, split: Split, steps: int) -> None:
     trainable, optimizer = prepare(job)
     job.net.train()
     size = min(job.spec.train.batch_size, len(split))
-    x_B, y_B = split.x[:size].clone(), split.y[:size].clone()
+    x_B, y_B = group.share(split.x[:size].clone()), group.share(split.y[:size].clone())
     at = Step(trainable, optimizer, StepClock(job.device), job.spec.T, job.spec.train.lr)
     for _ in range(steps):
         train_step(job, at, x_B, y_B)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnbench import checkpoint
+from snnbench import checkpoint, group
 from snnbench.data.base import Data, Split
 from snnbench.errors import DivergedError
 from snnbench.evaluate import (
@@ -117,7 +117,7 @@ def train(job: Job) -> dict[str, Any]:
 def begin(job: Job, split: Split) -> Progress:
     """The start of training, or the place where an earlier process left it."""
     trainable, optimizer = prepare(job)
-    batch = min(job.spec.train.batch_size, len(split))
+    batch = min(job.spec.train.batch_size, len(split)) // group.size() * group.size()
     state: dict[str, Any] = {
         "epoch": 0, "step": 0, "order_hash": "", "step_ms": [], "history": [], "fidelity": [],
         "parts_ms": dict.fromkeys(PARTS, 0.0), "samples": 0, "joules": 0.0, "loss_sum": 0.0,
@@ -139,7 +139,7 @@ def train_epoch(job: Job, at: Progress, split: Split, phase: Phase, epoch: int) 
     """All steps of one epoch, or those left of it, timed; its event, without accuracies."""
     seed, recipe, state = job.spec.seed, phase.recipe, at.state
     order = epoch_order(seed, epoch, len(split))
-    batch = min(recipe.batch_size, len(split))
+    batch = min(recipe.batch_size, len(split)) // group.size() * group.size()
     epoch_steps = len(split) // batch
     first = (epoch - phase.first) * epoch_steps
     last = min(first + epoch_steps, phase.steps)
@@ -170,9 +170,9 @@ def train_epoch(job: Job, at: Progress, split: Split, phase: Phase, epoch: int) 
                 name=f"step {before + step + 1} of {total}",
             )  # fmt: skip
             with at.clock.step():
-                loss_sum += train_step(job, update, x_B, y_B)
+                loss_sum += train_step(job, update, group.share(x_B), group.share(y_B))
             state["step"] += 1
-            state["samples"] += len(x_B)
+            state["samples"] += batch
             if before + step == 0:
                 state["grad_norm_init"] = gradient_norms(job.net)
     window.close()

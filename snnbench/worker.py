@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from snnbench import machine, registry
+from snnbench import group, machine, registry
 from snnbench.allocator import keep_freed_memory
 from snnbench.build import (
     Context,
@@ -30,6 +30,8 @@ from snnbench.build import (
     config,
     device_of,
     make_engine,
+    meet,
+    of_one_device,
 )
 from snnbench.cost import capacity, measure, probed
 from snnbench.doctor import examine, quick, warnings
@@ -41,6 +43,7 @@ from snnbench.methods import contract as contract_of_methods
 from snnbench.neurons import LIF, PRESETS, neuron_options
 from snnbench.spec import SCHEMA, RunSpec, did_you_mean, validate
 from snnbench.store import RunFolder
+from snnbench.team import team
 from snnbench.train import train
 
 CLAIM_WAIT_S = 20.0
@@ -289,10 +292,49 @@ def _measure(
         return build(of, context, make_engine(of, device_of(context.device)))
 
     # Memory first, in a process of its own: this one then has not touched the device yet.
-    memory = {} if spec.kind == "capacity" else probed(fresh, stop.check)
     if spec.kind == "capacity":
-        found = capacity(spec, fresh, stop.check)
-    device = device_of(context.device)
+        found = capacity(spec, fresh, stop.look)
+        memory: dict[str, Any] = {}
+    else:
+        memory = probed(lambda: fresh(of_one_device(spec)), stop.look)
+    checkpoints = run.checkpoints
+
+    def follow(rank: int, address: str) -> None:
+        job = build(spec, context, make_engine(spec, meet(spec, context, rank, address)))
+        job.checkpoints = checkpoints
+        WORK[spec.kind](job)
+        group.leave()
+
+    with team(spec.train.devices, follow) as (address, watch):
+        device = meet(spec, context, 0, address)
+
+        def check() -> None:
+            stop.check()
+            watch()
+
+        job, seen = _prepare(run, spec, context, device, place, send, record)
+        job.stop, job.checkpoints = check, checkpoints
+        if spec.kind != "capacity":
+            found = WORK[spec.kind](job)
+        group.leave()
+    found["nulls"] = memory.pop("nulls", {}) | found["nulls"]
+    found["measure_s"] += memory.pop("probe_s", 0.0)
+    return found | memory | seen
+
+
+WORK: dict[str, Callable[[Job], dict[str, Any]]] = {"train": train, "cost": measure}
+
+
+def _prepare(
+    run: RunFolder,
+    spec: RunSpec,
+    context: Context,
+    device: torch.device,
+    place: Place,
+    send: Send,
+    record: dict[str, Any],
+) -> tuple[Job, dict[str, Any]]:
+    """What is to be trained, and what the record says of it and of this machine."""
     record["machine"] = machine.describe(device)
     record["allocator"] = keep_freed_memory()
     record["warnings"] = warnings(quick(device))
@@ -321,23 +363,17 @@ def _measure(
         place.check_lease()
         run.save_checkpoint(buffer.getbuffer())
 
-    job.emit, job.save, job.stop = emit, save, stop.check
-    job.checkpoints = run.checkpoints
+    job.emit, job.save = emit, save
     data = job.data
-    if spec.kind != "capacity":
-        found = train(job) if spec.kind == "train" else measure(job)
-    found["nulls"] = memory.pop("nulls", {}) | found["nulls"]
-    found["measure_s"] += memory.pop("probe_s", 0.0)
     return (
-        found
-        | memory
-        | {
+        job,
+        {
             "setup_s": setup_s,  # of the kernel: compiling it, or loading it
             "data_hash": data.data_hash[:16],
             "split_hash": data.split_hash[:16],
             "data_verified": data.verified,
             "samples": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
-        }
+        },
     )
 
 
@@ -352,10 +388,14 @@ class _Stop:
     def _ask(self, *_: object) -> None:
         self._asked = True
 
-    def check(self) -> None:
-        """Raise Stopped if that is wanted; tell the parent now and then that there is progress."""
+    def look(self) -> None:
+        """Raise Stopped if that is wanted."""
         if self._asked:
             raise Stopped
+
+    def check(self) -> None:
+        """The same between two steps; and tell the parent now and then that there is progress."""
+        self.look()
         if time.monotonic() - self._said > BEAT_S:
             self._said = time.monotonic()
             self._send({"event": "beat"})

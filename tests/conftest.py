@@ -26,6 +26,7 @@ TIMING = {
     "timing_warning", "peak_nvml_bytes", "energy_j", "energy_measured_j",
 }  # fmt: skip
 GUEST = Path(__file__).parent / "plugin_faulty"
+CLOCK = Path(__file__).parent / "jumping_clock"
 PATIENCE_S = 180.0  # the machine may be busy with something else
 
 SUITE = """
@@ -60,9 +61,12 @@ class Bench:
         self._env |= {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
         self._started: list[subprocess.Popen[str]] = []
 
-    def start(self, *args: object, guest: bool = False) -> subprocess.Popen[str]:
+    def start(
+        self, *args: object, guest: bool = False, jumping_clock: bool = False
+    ) -> subprocess.Popen[str]:
         """Begin a command; with `guest`, the plugin of tests/plugin_faulty is installed."""
         path = [str(GUEST)] if guest else []
+        path += [str(CLOCK)] if jumping_clock else []
         path += [p for p in [self._env.get("PYTHONPATH")] if p]
         process = subprocess.Popen(
             [sys.executable, "-m", "snnbench", *map(str, args)],

@@ -25,7 +25,6 @@ from snnbench.errors import ExitCode
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 Process = subprocess.Popen[str]
 Ended = subprocess.CompletedProcess[str]
-CODES = (3, 0, 1, 255)
 
 
 def until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
@@ -109,37 +108,78 @@ class Happened:
     before: Ended | None = None
 
 
-def kill_workers(bench: Bench, suite: Path, results: Path) -> Happened:
-    """Every run of a suite is killed once, then the suite is run again."""
+def kill_at_random(bench: Bench, suite: Path, results: Path) -> Happened:
+    """Worker, command, or both are killed at twenty random moments; the command is given again."""
     folder, rng = results / "tiny", random.Random(1)
-    command = ("run", suite, "--results", results)
+    command = ("run", suite, "--results", results, "--set", "run.retries=99")
+    process, dead = bench.start(*command, guest=True), set[int]()
+    moments = ["worker"] * 14 + ["command"] * 3 + ["both"] * 3
+    rng.shuffle(moments)
+    for whom in moments:
+        until(lambda: process.poll() is not None or set(started(folder)) - dead, "a worker")
+        time.sleep(rng.uniform(0, 0.5))
+        if process.poll() is None:
+            if whom != "command":
+                for pid in set(started(folder)) - dead:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            if whom != "worker":
+                process.kill()
+                bench.wait(process)
+        if process.poll() is not None:
+            process = bench.start(*command, guest=True)
+        dead |= set(started(folder))
+    ended = bench.wait(process)
+    return Happened(bench.run(*command, guest=True) if ended.returncode else ended, folder, ended)
+
+
+def damage_a_checkpoint(bench: Bench, suite: Path, results: Path) -> Happened:
+    """The command is killed, and the end of the newest checkpoint is lost."""
+    folder = results / "tiny"
+    command = ("run", suite, "--results", results, "--only", "seed=0")
     process = bench.start(*command, guest=True)
-    for seed, after in enumerate(rng.sample(range(6), 4)):  # so many epochs of each run
-        (pid,) = until(lambda s=seed: started(folder, f"-s{s}-"), f"run {seed}")
-        until(lambda s=seed, n=after: epochs(folder, f"-s{s}-") >= n, "its epochs")
-        time.sleep(rng.uniform(0, 0.1))
-        os.kill(pid, signal.SIGKILL)
-    first = bench.wait(process)
-    assert {row["status"] for row in rows(folder)} == {"interrupted"}
-    assert all("SIGKILL" in row["reason"] for row in rows(folder))
-    return Happened(bench.run(*command, guest=True), folder, first)
-
-
-def kill_commands(bench: Bench, suite: Path, results: Path) -> Happened:
-    """The command is killed four times at different moments, each time given again at once."""
-    folder, rng = results / "tiny", random.Random(2)
-    command = ("run", suite, "--results", results)
-    for after in (None, rng.randint(1, 4), rng.randint(5, 8), rng.randint(8, 10)):
-        before = epochs(folder)
-        process = bench.start(*command, guest=True)
-        if after is None:
-            time.sleep(rng.uniform(0, 3))  # anywhere before the first epoch
-        else:
-            until(lambda b=before, n=after: epochs(folder) >= b + n, "some epochs")
-            time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        bench.wait(process)
+    until(lambda: len(list(folder.glob("runs/*/checkpoint*.pt"))) == 2, "two checkpoints")
+    process.kill()
+    bench.wait(process)
+    until(lambda: not group(process), "the end of all processes", 20)
+    (newest,) = folder.glob("runs/*/checkpoint.pt")
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: len(whole) // 2])
     return Happened(bench.run(*command, guest=True), folder)
+
+
+def two_at_once(bench: Bench, suite: Path, results: Path) -> list[Happened]:
+    """The same command twice at the same time, as on two machines with one shared folder."""
+    both = [bench.start("run", suite, "--results", results, guest=True) for _ in range(2)]
+    return [Happened(bench.wait(process), results / "tiny") for process in both]
+
+
+def suspend_the_owner(bench: Bench, suite: Path, results: Path) -> list[Happened]:
+    """A command and its worker are suspended until another one has done the suite; then they
+    wake up.
+    """
+    folder = results / "tiny"
+    command = ("run", suite, "--results", results, "--only", "seed=[0,1]")
+    command += ("--set", "run.lease_s=1.5")
+    first = bench.start(*command, guest=True)
+    until(lambda: epochs(folder) >= 2, "some epochs")
+    os.killpg(first.pid, signal.SIGSTOP)
+    second = bench.run(*command, guest=True)
+    os.killpg(first.pid, signal.SIGCONT)
+    return [Happened(second, folder), Happened(bench.wait(first), folder)]
+
+
+def jump_in_time(bench: Bench, suite: Path, results: Path) -> Happened:
+    """The clock jumps by days, to and fro, in all processes, and leases get dates from anywhere."""
+    folder = results / "tiny"
+    process = bench.start("run", suite, "--results", results, guest=True, jumping_clock=True)
+    rng = random.Random(3)
+    while process.poll() is None:
+        for file in folder.glob("leases/*/*"):
+            when = time.time() + rng.choice([-1, 1]) * 86400 * rng.uniform(1, 1000)
+            os.utime(file, (when, when))
+        time.sleep(0.3)
+    return Happened(bench.wait(process), folder)
 
 
 def fill_the_disk(bench: Bench, suite: Path, results: Path) -> Happened | None:
@@ -160,15 +200,6 @@ def fill_the_disk(bench: Bench, suite: Path, results: Path) -> Happened | None:
     return Happened(again, copy / "tiny", full)
 
 
-def invite_guests(bench: Bench, suite: Path, results: Path) -> Happened:
-    """Guests that fail in every way, between runs that are all right."""
-    # The one that hangs comes first: the time in which the server warms up counts as its own.
-    methods = ["hangs", "raises", "aborts", f"exits\ncode = {list(CODES)}", "chatty", "bptt"]
-    suite = write_suite(results / "tiny.toml", methods, train="timeout_s = 8")
-    ended = bench.run("run", suite, "--results", results, "--json", guest=True)
-    return Happened(ended, results / "tiny")
-
-
 def kill_the_parent(bench: Bench, suite: Path, results: Path) -> list[int]:
     """The command is killed during a run that never ends; who is left five seconds later."""
     suite = write_suite(results / "tiny.toml", "hangs")
@@ -185,19 +216,9 @@ def kill_the_parent(bench: Bench, suite: Path, results: Path) -> list[int]:
     return left
 
 
-def load_guests(bench: Bench, suite: Path, results: Path) -> dict[str, Ended]:
-    """Guests whose import fails, or ends the process."""
-    begun = {}
-    for name in ("broken", "deadly"):
-        suite = write_suite(results / f"{name}.toml", ["bptt", name])
-        begun[name] = bench.start("run", suite, "--results", results / name, guest=True)
-    ended = {name: bench.wait(process) for name, process in begun.items()}
-    assert not list(results.glob("*/tiny/runs"))
-    return ended
-
-
 SCENARIOS = (
-    kill_commands, kill_workers, invite_guests, fill_the_disk, kill_the_parent, load_guests
+    kill_at_random, fill_the_disk, damage_a_checkpoint, two_at_once, suspend_the_owner,
+    jump_in_time, kill_the_parent,
 )  # fmt: skip
 Scenarios = dict[Callable[..., Any], Future[Any]]
 
@@ -216,19 +237,25 @@ def scenarios(
 # --- kill -9 ------------------------------------------------------------------------------------
 
 
-def test_killed_workers_are_done_again_with_the_same_result(scenarios, undisturbed):
-    happened = scenarios[kill_workers].result()
-    assert errors(happened.before) == []
+def test_kills_at_twenty_random_moments_change_nothing(scenarios, undisturbed):
+    happened = scenarios[kill_at_random].result()
     assert happened.ended.returncode == 0, happened.ended.stderr
+    assert errors(happened.before) == []
     assert cells(happened.folder) == cells(undisturbed.folder)
     resumed = [e["epoch"] for e in events(happened.folder) if e["event"] == "resume"]
-    assert len(resumed) >= 2  # not merely started afresh
+    assert len(resumed) >= 5  # not merely started afresh
+    for file in happened.folder.glob("runs/*/result.json"):
+        assert file.parent.name in {row["run_id"] for row in rows(happened.folder)}
+    assert len(rows(happened.folder)) == 4  # nothing is counted twice
 
 
-def test_a_killed_command_is_taken_up_again_with_the_same_result(scenarios, undisturbed):
-    happened = scenarios[kill_commands].result()
+def test_a_damaged_checkpoint_costs_no_more_than_the_way_from_the_older(scenarios, undisturbed):
+    happened = scenarios[damage_a_checkpoint].result()
     assert happened.ended.returncode == 0, happened.ended.stderr
-    assert cells(happened.folder) == cells(undisturbed.folder)
+    said = [e["event"] for e in events(happened.folder) if e["event"] in ("restart", "resume")]
+    assert said == ["restart", "resume"]
+    (result,) = cells(happened.folder)["results"].items()
+    assert result[1] == cells(undisturbed.folder)["results"][result[0]]
 
 
 def test_a_killed_command_leaves_no_process_behind(scenarios):
@@ -238,24 +265,32 @@ def test_a_killed_command_leaves_no_process_behind(scenarios):
 # --- two at once --------------------------------------------------------------------------------
 
 
-def test_a_second_run_of_a_suite_is_refused_and_the_first_unharmed(bench, tmp_path):
-    folder = tmp_path / "tiny"
-    suite = write_suite(tmp_path / "tiny.toml", "bptt", epochs=20_000)
-    first = bench.start("run", suite, "--results", tmp_path)
-    until(lambda: epochs(folder), "the first run")
-    second = bench.run("run", suite, "--results", tmp_path)
-    assert second.returncode == ExitCode.RESULTS
-    assert len(second.stderr.splitlines()) == len(errors(second)) == 1
-    assert "another `snnbench run`" in second.stderr
-    more = epochs(folder) + 5
-    until(lambda: epochs(folder) >= more, "the first run to go on")
-    assert len(started(folder)) == 1
+def test_two_commands_share_the_runs_of_a_suite(scenarios, undisturbed):
+    for happened in scenarios[two_at_once].result():
+        assert happened.ended.returncode == 0, happened.ended.stderr
+        assert errors(happened.ended) == []
+        assert cells(happened.folder) == cells(undisturbed.folder)
+        assert len(started(happened.folder)) == 4  # nothing was done twice
 
-    first.send_signal(signal.SIGINT)
-    ended = bench.wait(first)
-    assert ended.returncode == ExitCode.INTERRUPTED
-    # The hint can be given as it stands.
-    assert f"snnbench run {suite} --results {tmp_path}" in ended.stderr.splitlines()[-1]
+
+def test_an_owner_that_was_suspended_publishes_nothing_over_the_next(scenarios, undisturbed):
+    second, first = scenarios[suspend_the_owner].result()
+    for happened in (second, first):
+        assert happened.ended.returncode == 0, happened.ended.stderr
+    assert "another machine has taken it over" in first.ended.stderr
+    seen = cells(second.folder)
+    assert len(seen["results"]) == len(seen["runs"]) == 2
+    assert seen["results"].items() <= cells(undisturbed.folder)["results"].items()
+    assert len(started(second.folder, "-s1-")) == 1
+
+
+def test_a_clock_that_jumps_changes_nothing(scenarios, undisturbed):
+    happened = scenarios[jump_in_time].result()
+    assert happened.ended.returncode == 0, happened.ended.stderr
+    assert cells(happened.folder) == cells(undisturbed.folder)
+    assert len(started(happened.folder)) == 4
+    times = [e["time"] for e in events(happened.folder) if e["event"] == "start"]
+    assert max(times) - min(times) > 86400  # it did jump
 
 
 # --- Ctrl-C and SIGTERM -------------------------------------------------------------------------
@@ -271,9 +306,9 @@ class UnderWay:
 
 @pytest.fixture(scope="module")
 def under_way(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, UnderWay]:
-    """Three of them, begun at the same time."""
-    slow = "steady\ndelay_s = 0.5"
-    suites = {"ctrl_c": ["bptt", slow], "sigterm": ["bptt", slow], "twice": ["bptt", "hangs"]}
+    """Four of them, begun at the same time."""
+    slow, hangs = ["bptt", "steady\ndelay_s = 0.5"], ["bptt", "hangs"]
+    suites = {"ctrl_c": slow, "sigterm": slow, "twice": hangs, "grace": hangs}
     begun = {}
     for name, methods in suites.items():
         root = tmp_path_factory.mktemp(name)
@@ -322,6 +357,19 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_listen(bench, under_way):
         "hangs": "interrupted",
     }
     until(lambda: not group(process), "the end of all processes", 5)
+
+
+def test_sigterm_ends_a_run_that_does_not_listen_within_ten_seconds(bench, under_way):
+    process, folder = under_way["grace"].process, under_way["grace"].folder
+    began = time.monotonic()
+    process.terminate()
+    ended = bench.wait(process)
+    assert time.monotonic() - began < 10
+    assert ended.returncode == ExitCode.INTERRUPTED
+    assert {row["method"]: row["status"] for row in rows(folder)} == {
+        "bptt": "done",
+        "hangs": "interrupted",
+    }
 
 
 # --- damaged and unusable files -----------------------------------------------------------------
@@ -414,84 +462,36 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(bench, tmp_path):
     assert "the disk is full" in ended.stderr
 
 
-# --- faulty guests ------------------------------------------------------------------------------
+def test_read_only_results_are_one_line(bench, undisturbed, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with small_disk(disk) as mounted:
+        if not mounted:
+            pytest.skip(NO_MOUNT)
+        shutil.copytree(undisturbed.folder, disk / "tiny")
+        next((disk / "tiny" / "runs").iterdir()).joinpath("result.json").unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        ended = bench.run("run", undisturbed.suite, "--results", disk, guest=True)
+        look = bench.run("status", "tiny", "--results", disk, "--json")
+    assert ended.returncode == ExitCode.RESULTS
+    (line,) = errors(ended)
+    assert "the file system is read-only" in line
+    assert json.loads(look.stdout)["counts"] == {"interrupted": 1, "done": 3}
 
 
-@pytest.fixture
-def guests(scenarios: Scenarios) -> Happened:
-    happened: Happened = scenarios[invite_guests].result()
-    return happened
-
-
-def row_of(happened: Happened, method: str, config: str = "") -> dict[str, str]:
-    """The only row of the method."""
-    (row,) = [
-        row
-        for row in rows(happened.folder)
-        if row["method"] == method and config in row["method_config"]
-    ]
-    return row
-
-
-@pytest.mark.parametrize(
-    ("method", "status", "reason"),
-    [
-        ("raises", "failed", "ValueError: a fault of the guest"),
-        ("aborts", "failed", "killed by signal 6 (SIGABRT)"),
-        ("hangs", "timeout", "longer than train.timeout_s = 8 s"),
-    ],
-)
-def test_the_fault_of_a_guest_is_an_outcome_with_a_reason(guests, method, status, reason):
-    row = row_of(guests, method)
-    assert (row["status"], row["reason"]) == (status, reason)
-    assert row["test_acc"] == ""
-
-
-@pytest.mark.parametrize("code", CODES)
-def test_a_guest_that_leaves_without_a_word_has_failed(guests, code):
-    row = row_of(guests, "exits", f":{code}}}")
-    assert row["status"] == "failed"
-    assert f"exit code {code}" in row["reason"]
-
-
-def test_faults_of_guests_leave_other_runs_alone(guests):
-    assert (row_of(guests, "bptt")["status"], row_of(guests, "chatty")["status"]) == (
-        "done",
-        "done",
-    )
-    for column in ("test_acc", "spikes_per_sample", "init_hash", "order_hash", "saved_bytes"):
-        assert row_of(guests, "bptt")[column] == row_of(guests, "chatty")[column]
-
-
-def test_what_a_guest_prints_goes_to_its_log_alone(guests):
-    output = json.loads(guests.ended.stdout)
-    assert output["interrupted"] is False
-    assert "garbage" not in guests.ended.stderr
-    (log,) = guests.folder.glob("runs/*-chatty-*/log.txt")
-    for text in (b"garbage on stdout", b"garbage on stderr", b"\xff\x00 raw garbage"):
-        assert text in log.read_bytes()
-    (log,) = guests.folder.glob("runs/*-raises-*/log.txt")
-    assert "Traceback" in log.read_text()
-
-
-def test_a_suite_with_failures_says_so(guests):
-    assert guests.ended.returncode == ExitCode.RUNS_FAILED
-    assert errors(guests.ended) == []
-    assert json.loads(guests.ended.stdout)["runs"] == {"done": 2, "failed": 6, "timeout": 1}
-    assert "7 runs failed" in guests.ended.stderr
-
-
-def test_the_distribution_of_a_guest_is_recorded(guests):
-    (path,) = guests.folder.glob("runs/*-chatty-*/result.json")
-    method = json.loads(path.read_text())["components"]["method"]
-    assert (method["distribution"], method["version"]) == ("snnbench-faulty", "2.5")
-
-
-def test_guests_that_cannot_be_loaded_are_named_before_anything_runs(scenarios):
-    ended = scenarios[load_guests].result()
-    for one in ended.values():
-        assert one.returncode in (ExitCode.SUITE, ExitCode.WORKER)
-        assert len(errors(one)) == 1
-    for text in ("'broken'", "snnbench-faulty 2.5", "a_module_that_nobody_has"):
-        assert text in ended["broken"].stderr
-    assert "SIGABRT" in ended["deadly"].stderr
+@pytest.mark.parametrize("command", ["run", "plan", "status"])
+def test_results_of_a_newer_schema_are_refused_and_left_alone(
+    bench, undisturbed, tmp_path, command
+):
+    folder = tmp_path / "tiny"
+    shutil.copytree(undisturbed.folder, folder)
+    file = next((folder / "runs").iterdir()) / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 99}))
+    before = {p: p.read_bytes() for p in folder.rglob("*.*") if p.name != "suite.json"}
+    what = "tiny" if command == "status" else undisturbed.suite
+    ended = bench.run(command, what, "--results", tmp_path, guest=True)
+    assert ended.returncode == ExitCode.RESULTS
+    (line,) = errors(ended)
+    assert "schema 99, written by a newer snnbench" in line
+    assert str(file) in line
+    assert {p: p.read_bytes() for p in before} == before

@@ -90,7 +90,7 @@ class Folders(PreparedSet):
         """Train, and the published validation set, which is the test set here."""
         raise NotImplementedError
 
-    def published(self, root: Path) -> official.Published:
+    def release(self, root: Path) -> official.Release:
         """What the publishers offer."""
         raise NotImplementedError
 
@@ -106,30 +106,30 @@ class Folders(PreparedSet):
         """Whether its folders are there, and not in part."""
         home = root / self.info.home
         whole = all((home / part).is_dir() for part in ("train", "val"))
-        return whole and not self.published(root).cut_short
+        return whole and not self.release(root).cut_short
 
     def look(self, root: Path) -> tuple[str, Verdict]:
         """Names, sizes and times of all files, and the archives that vouch for them."""
         train, test, rest, val = self._split(root)
         paths = [*train.paths, *test.paths, *self.files(root)]
-        published = self.published(root)
+        release = self.release(root)
         counts = (len(train.paths), len(test.paths))
-        verdict = published.judge(published.measured(paths), counts, self.info.sizes)
+        verdict = release.judge(release.measured(paths), counts, self.info.sizes)
         return digest(official.stamp(paths, root), hash_indices(rest, val)), verdict
 
     def verify(self, root: Path) -> Verdict:
         """The archives, the files against them, and the number of images."""
         self._present(root)
         train, test = self.listings(root)
-        published, counts = self.published(root), (len(train.paths), len(test.paths))
-        measured = published.measure([*train.paths, *test.paths, *self.files(root)])
-        return published.judge(measured, counts, self.info.sizes)
+        release, counts = self.release(root), (len(train.paths), len(test.paths))
+        measured = release.measure([*train.paths, *test.paths, *self.files(root)])
+        return release.judge(measured, counts, self.info.sizes)
 
     def fetch(self, root: Path) -> str:
         """Download the archive and unpack it; where its licence forbids that, say what to do."""
         home = root / self.info.home
         if not self.info.manual:
-            self.published(root).fetch(self.progress)
+            self.release(root).fetch(self.progress)
         elif not self.present(root):
             raise DataError(f"{self.name} cannot be fetched: {self.info.manual}")
         return f"{self.name} is in {home}"
@@ -190,9 +190,9 @@ class TinyImageNet(Folders):
         ),
     )
 
-    def published(self, root: Path) -> official.Published:
+    def release(self, root: Path) -> official.Release:
         """The archive, which holds the folder that it lies in."""
-        return official.Published(self.name, root, root / self.info.home, root, self.archives)
+        return official.Release(self.name, root, root / self.info.home, root, self.archives)
 
     def files(self, root: Path) -> Sequence[Path]:
         """The labels of the published validation set."""

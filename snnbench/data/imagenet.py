@@ -233,7 +233,7 @@ class ImageNet(Folders):
         Remote("ILSVRC2012_img_val.tar", "29b22e2961454d5413ddabcf34fc5622", ()),
     )
 
-    def published(self, root: Path) -> official.Published:
+    def release(self, root: Path) -> official.Release:
         """The two archives that a user unpacks: of train an archive a class, val without folders.
 
         They hold no labels of val: that its images lie in the right folders is not known.
@@ -244,7 +244,7 @@ class ImageNet(Folders):
             return name if part == "train" else name.rpartition("/")[2]
 
         home = root / self.info.home
-        return official.Published(self.name, root, home, home, self.archives, inside)
+        return official.Release(self.name, root, home, home, self.archives, inside)
 
     def listings(self, root: Path) -> tuple[Listing, Listing]:
         """Train and published validation by folder."""

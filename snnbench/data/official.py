@@ -38,7 +38,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Published:
+class Release:
     """The archives of one dataset, and where they are unpacked.
 
     `inside` gives the name in an archive of a file by its name below `into`.

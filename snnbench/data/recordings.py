@@ -73,21 +73,21 @@ class Published(EventSet):
         reader = type(self.info.home, (official,), {"_check_exists": lambda _: True})
         return reader(str(root), **options)
 
-    def published(self, root: Path) -> official.Published:
+    def release(self, root: Path) -> official.Release:
         """What the publishers offer."""
         home = root / self.info.home
-        return official.Published(self.name, root, home, home, self.archives)
+        return official.Release(self.name, root, home, home, self.archives)
 
     def present(self, root: Path) -> bool:
         """Whether recordings are there, and not in part."""
         found = next(recordings(root / self.info.home, self.pattern), None)
-        return found is not None and not self.published(root).cut_short
+        return found is not None and not self.release(root).cut_short
 
     def open(self, root: Path) -> Source:
         """The recordings below `root`; raises DataError if they are missing."""
         home = root / self.info.home
         if not self.present(root):
-            what = "half unpacked" if self.published(root).cut_short else f"no {self.pattern}"
+            what = "half unpacked" if self.release(root).cut_short else f"no {self.pattern}"
             raise DataError(f"{self.name}: {what} in {home}; {self._get_it(root)}")
         try:
             source = Source(*self.parts(root))
@@ -111,12 +111,12 @@ class Published(EventSet):
     def look(self, root: Path) -> tuple[str, Verdict]:
         """Names, sizes and times of all recordings, and the archives that vouch for them."""
         source, paths = self.open(root), self._files(root)
-        verdict = self._judge(root, source, self.published(root).measured(paths), None)
+        verdict = self._judge(root, source, self.release(root).measured(paths), None)
         return digest(official.stamp(paths, root), source.split_hash), verdict
 
     def fetch(self, root: Path) -> str:
         """Download the archives and unpack them, and the archives in them."""
-        self.published(root).fetch(self.progress)
+        self.release(root).fetch(self.progress)
         if not self.present(root):
             raise DataError(f"{self.name}: the archives hold no {self.pattern}")
         return f"{self.name} is in {root / self.info.home}"
@@ -127,13 +127,13 @@ class Published(EventSet):
         paths = self._files(root)
         if sum(len(p) for p in (source.train, source.val, source.test)) < SMALL:
             known = KNOWN.get(_content(root / self.info.home, paths))
-        return self._judge(root, source, self.published(root).measure(paths), known)
+        return self._judge(root, source, self.release(root).measure(paths), known)
 
     def _judge(
         self, root: Path, source: Source, measured: official.Measured, known: str | None
     ) -> Verdict:
         counts = (len(source.train) + len(source.val), len(source.test))
-        return self.published(root).judge(measured, counts, self.info.sizes, known)
+        return self.release(root).judge(measured, counts, self.info.sizes, known)
 
     def _files(self, root: Path) -> list[Path]:
         return sorted(recordings(root / self.info.home, self.pattern))

@@ -85,7 +85,7 @@ class Meter:
             sample = piece.shape[1:]
             if (op, sample) not in self._fan_out:
                 reached = fan_out(op, sample)
-                self._fan_out[op, sample] = reached.to(piece.device)
+                self._fan_out[op, sample] = reached.float().to(piece.device)
                 self._dense[op, sample] = int(reached.sum())
             each = self._fan_out[op, sample]
             count.integer &= (piece == piece.round()).all()
@@ -171,11 +171,11 @@ def _pieces(x_TB: Tensor) -> Iterator[Tensor]:
 
 def _count_spikes(s_TB: Tensor, counts: _Counts) -> None:
     if counts.by_neuron is None or counts.by_step is None:
-        counts.by_neuron = torch.zeros(s_TB.shape[2:], dtype=torch.int64, device=s_TB.device)
+        counts.by_neuron = torch.zeros(s_TB.shape[2:], dtype=torch.int32, device=s_TB.device)
         counts.by_step = torch.zeros(len(s_TB), dtype=torch.int64, device=s_TB.device)
     by_frame = []
     for piece in _pieces(s_TB):
-        counts.by_neuron += piece.sum(0, dtype=torch.float32).long()
+        counts.by_neuron += piece.sum(0, dtype=torch.float32).int()
         # A frame of more than 2^24 neurons would not be exact in fp32.
         by_frame.append(piece.flatten(1).sum(1, dtype=torch.float32).long())
     counts.by_step += torch.cat(by_frame).view(s_TB.shape[:2]).sum(1)

@@ -29,6 +29,7 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from snnbench import group
 from snnbench.methods.base import Method
 from snnbench.models.layer import Layer, over_time
 
@@ -114,7 +115,7 @@ class _ScaledWeight(torch.autograd.Function):
             pairs = [list(pairs)[-1]] * len(x_TB)
         grad_w = torch.zeros_like(weight)
         for x, g, (pre, post) in zip(x_TB, g_TB, pairs, strict=True):
-            scale = gradient_scale(weight_grad(ctx.op, pre, post), config.alpha)
+            scale = gradient_scale(group.total(weight_grad(ctx.op, pre, post)), config.alpha)
             grad_w += weight_grad(ctx.op, x, g) * scale
         return grad_x, grad_w, None, None, None
 

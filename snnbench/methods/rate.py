@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from snnbench import group
 from snnbench.methods.base import Method
 from snnbench.models.layer import Layer, Network, frames, normed, over_time, parts_of
 from snnbench.neurons import LIF, wide
@@ -220,16 +221,20 @@ def rate_batch_norm(bn: nn.BatchNorm2d, c_TB: Tensor, c_B: Tensor) -> Tensor:
 
 def _statistics(c_B: Tensor) -> tuple[Tensor, Tensor]:
     """Biased variance and mean per channel, [1, C, 1, 1]."""
-    var, mean = torch.var_mean(wide(c_B), (0, 2, 3), correction=0, keepdim=True)
+    c_B = wide(c_B)
+    if group.size() > 1:
+        mean = group.mean(c_B, (0, 2, 3))
+        return group.mean((c_B - mean).square(), (0, 2, 3)), mean
+    var, mean = torch.var_mean(c_B, (0, 2, 3), correction=0, keepdim=True)
     return var, mean
 
 
 def _normalise(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, c_B: Tensor) -> Tensor:
     """Normalised c_B: the statistics' values as given, their gradients those of c_B."""
     dtype, c_B = c_B.dtype, wide(c_B)
-    own = c_B.mean((0, 2, 3), keepdim=True)
+    own = group.mean(c_B, (0, 2, 3))
     centred = c_B - (mean + (own - own.detach()))
-    own = centred.square().mean((0, 2, 3), keepdim=True)
+    own = group.mean(centred.square(), (0, 2, 3))
     normed = centred * torch.rsqrt((var + (own - own.detach())).clamp_min(0) + bn.eps)
     weight = bn.weight * getattr(bn, "scale", 1.0)
     out: Tensor = normed * weight.view(1, -1, 1, 1) + bn.bias.view(1, -1, 1, 1)

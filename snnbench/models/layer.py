@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from snnbench.group import SyncedBatchNorm2d
 from snnbench.kernels.reference import Reference
 from snnbench.kernels.saved import Keeper
 from snnbench.neurons import LIF, ReLU
@@ -98,9 +99,10 @@ def parts_of(synapse: nn.Module) -> list[nn.Module]:
 
 
 def normed(synapse: nn.Module) -> tuple[list[nn.Module], nn.BatchNorm2d | None]:
-    """The modules of a synapse, and the BatchNorm at its end, if there is one."""
+    """The modules of a synapse, and the BatchNorm at its end, if a kernel can normalise."""
     *parts, last = parts_of(synapse)
-    return (parts, last) if isinstance(last, nn.BatchNorm2d) else ([*parts, last], None)
+    alone = isinstance(last, nn.BatchNorm2d) and not isinstance(last, SyncedBatchNorm2d)
+    return (parts, last) if alone else ([*parts, last], None)
 
 
 def through(parts: nn.Module | list[nn.Module], x_TB: Tensor, apply: Apply) -> Tensor:

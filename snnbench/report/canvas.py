@@ -113,11 +113,10 @@ def inline(figure: Any, name: str) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
-    text = (
-        text[text.index("<svg") :].replace(INK, "currentColor").replace("#000000", "currentColor")
-    )
+    text = text[text.index("<svg") :]
+    for own in (INK, "#000000"):
+        text = text.replace(own, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
-    return re.sub(r'<svg height="[^"]*" width="[^"]*"|<svg', "<svg", text, count=1)
+    return re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)

@@ -76,20 +76,20 @@ def build(folders: SuiteFolder | Sequence[SuiteFolder], view: View | None = None
 
 def of(read: Source, view: View, everything: bool = False) -> Report:
     """The report of what was read; with `everything`, every column that has a value."""
-    frame = read.runs
+    frame, measured = read.runs, _numeric(read.runs)
     by = list(dict.fromkeys([*view.by, *(["results"] if read.apart else [])]))
     unknown = [name for name in by if name not in frame]
     if unknown:
         close = did_you_mean(unknown[0], map(str, frame))
         raise UsageError(f"--by {unknown[0]}: no such column{close}")
     extra = ["kind"] if "kind" in frame and frame["kind"].nunique() > 1 else []
-    cells = summary.summarise(frame, view.baseline, _numeric(frame), [*extra, *by])
+    cells = summary.summarise(frame, view.baseline, measured, [*extra, *by])
     _check_baseline(view.baseline, frame, cells)
     lifted = {k: str(cells[0].conditions[k]) for k in KEYS if cells and _constant(cells, k)}
     own = [k for k in KEYS if cells and k not in lifted and k not in by]
     own = [*by, *own, *extra, *summary.differing_settings(cells)]
     figures = _figures(view, frame, cells, everything)
-    cells = _in_order(cells, view, by, [*columns.catalogue(view.baseline, _numeric(frame))])
+    cells = _in_order(cells, view, by, columns.catalogue(view.baseline, measured))
     named = _named_settings(frame)
     strong = {
         (r, 1 + len(own) + i)
@@ -129,7 +129,7 @@ def of(read: Source, view: View, everything: bool = False) -> Report:
         published=published(read.suites, cells, frame),
         notes=_notes(read),
         cells=cells,
-        records=[record(cell, _numeric(frame)) for cell in cells],
+        records=[record(cell, measured) for cell in cells],
     )
 
 
@@ -169,6 +169,7 @@ def _figures(
     if view.columns and list(view.columns) != ["all"]:
         return columns.chosen(view.columns, known)
     core = columns.core(view.baseline)
+    names = {c.name for c in core}
     # A suite that measures cost only has no accuracy to show.
     if "kind" in frame and not (frame["kind"] == "train").any():
         core = measured(core)
@@ -176,7 +177,8 @@ def _figures(
     able = [c for c in cells if c.versus and smallest_p(c.versus.difference.n) <= ALPHA]
     core[4:4] = [columns.EXACT_P] if able and len(core) > len(columns.COSTS) else []
     if everything or view.columns:
-        return [*core, *(c for c in measured(known) if c not in core and c is not columns.EXACT_P)]
+        more = [c for c in measured(known) if c.name not in {columns.EXACT_P.name} | names]
+        return [*core, *more]
     return [*core, *measured(columns.OPTIONAL)]
 
 

@@ -25,6 +25,7 @@ from snnbench.report import columns, content, plots
 from snnbench.report.findings import ACROSS_COLUMNS
 from snnbench.report.published import PUBLISHED_COLUMNS
 from snnbench.report.source import Source
+from snnbench.stats import Estimate
 from snnbench.store import RunFolder
 
 CURVE_POINTS = 80_000  # of all runs together
@@ -80,13 +81,17 @@ def _part(name: str) -> str:
 def _json(value: Any) -> Markup:
     """JSON that cannot end the script element that it stands in."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    escapes = {"<": r"\u003c", ">": r"\u003e", "&": r"\u0026", "\u2028": r"\u2028"}
-    return Markup(text.translate(str.maketrans({**escapes, "\u2029": r"\u2029"})))
+    odd = "<>&\u2028\u2029"
+    return Markup("".join(f"\\u{ord(c):04x}" if c in odd else c for c in text))
 
 
 def _figures(source: Source) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     drawn, missing = [], []
+    single = source.runs["T"].nunique() == 1
     for name, shows in plots.SHOWS.items():
+        if single and shows.endswith("against T"):
+            missing.append((name, "all runs have the same T"))
+            continue
         try:
             svg = Markup(plots.inline(source, name))
         except (ResultsError, UsageError) as error:
@@ -162,11 +167,11 @@ def _run_rows(source: Source, runs: pd.DataFrame) -> list[dict[str, Any]]:
     figures = [name for name in RUN_FIGURES if runs[name].notna().any()]
     varied, reasons = _varied(runs), _any_reason(runs)
     rows = []
-    for row in runs.to_dict("records"):
+    for row in _records(runs):
         texts = [labels[row["method"], row["method_config"]], *(str(row[k]) for k in varied)]
         cells = [{"text": text, "value": None, "css": ""} for text in texts]
         for name in figures:
-            e = None if pd.isna(row[name]) else columns.Estimate(float(row[name]), None, 1)
+            e = None if pd.isna(row[name]) else Estimate(float(row[name]), None, 1)
             text = columns.percent(e) if name == "test_acc" else known[name].write(e)
             cells.append({"text": text, "value": _sortable(e), "css": "num"})
         if reasons:
@@ -174,6 +179,10 @@ def _run_rows(source: Source, runs: pd.DataFrame) -> list[dict[str, Any]]:
             cells.append({"text": text, "value": None, "css": "reason"})
         rows.append({"run_id": row["run_id"], "status": row["status"], "cells": cells})
     return rows
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
 
 
 def _details(source: Source, runs: pd.DataFrame) -> dict[str, Any]:
@@ -186,7 +195,7 @@ def _details(source: Source, runs: pd.DataFrame) -> dict[str, Any]:
     hidden = {*spec, "run_id", "status", "reason", "settings", "results", "suite", "null_reasons",
               "method_config", "settings_hash"}  # fmt: skip
     found = []
-    for row in runs.to_dict("records"):
+    for row in _records(runs):
         key = (row["results"], row["run_id"])
         folder = source.run_folder(row)
         machine = json.dumps(_machine(folder, row))
@@ -212,10 +221,16 @@ def _details(source: Source, runs: pd.DataFrame) -> dict[str, Any]:
         )
     return {
         "runs": found,
-        "settings": [json.loads(text) for text in settings],
+        "settings": [_named(json.loads(text)) for text in settings],
         "machines": [json.loads(text) for text in machines],
         "layer_columns": [c for c in LAYER_COLUMNS if c in source.layers],
     }
+
+
+def _named(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under keys that are not those of the names beside them."""
+    options = {"data": "data options", "model": "model options"}
+    return {options.get(k, k): v for k, v in settings.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -136,6 +136,7 @@ def pareto(column: str, name: str, scale: float) -> Callable[[Source], Any]:
                 points += _trail(axis, mine, column, scale, styles[label])
             front = pareto_front(points)
             axis.plot(*zip(*front, strict=True), color=canvas.INK, alpha=0.3, linewidth=5,
+                      marker="o", markersize=11, markeredgewidth=0,
                       solid_capstyle="round", zorder=0)  # fmt: skip
             if max(x for x, _ in points) > 8 * max(min(x for x, _ in points), 1e-12):
                 canvas.logarithmic(axis, "x")

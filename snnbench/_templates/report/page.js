@@ -103,7 +103,7 @@
   };
   const COLOURS = ["#0072B2", "#D55E00"];
   const chart = (title, xs, lines) => {
-    const W = 440, H = 200, L = 46, R = 8, T = 20, B = 24;
+    const W = 440, H = 200, L = 58, R = 8, T = 20, B = 24;
     const box = svg("svg", { viewBox: `0 0 ${W} ${H}`, class: "chart", role: "img", "aria-label": title });
     const values = lines.flatMap((l) => l.values).filter((v) => v !== null);
     if (!values.length) return null;
