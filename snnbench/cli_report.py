@@ -123,14 +123,7 @@ def report(
         name = folders[-1].path.name
         console.hint(f"snnbench report {name} -o report.html, or snnbench show RUN_ID")
         return
-    made = _written(format_, folders, view)
-    if output is None:
-        if isinstance(made, bytes) and sys.stdout.isatty():
-            raise UsageError(f"--format {format_.value}: name a file with --output")
-        console.print_bytes(made) if isinstance(made, bytes) else console.print_data(made)
-    else:
-        _save(output, made)
-        console.say(f"written: {output}")
+    _give(_written(format_, folders, view), output)
 
 
 Given = list[str] | None
@@ -140,10 +133,12 @@ def _view(by: Given, columns: Given, sort: str, baseline: str, where: Given) -> 
     from snnbench.report.content import View
     from snnbench.report.source import parse_where
 
-    def names(given: Given) -> list[str]:
-        return [n.strip() for part in given or () for n in part.split(",") if n.strip()]
+    return View(names_in(by), names_in(columns), sort, baseline, parse_where(where or ()))
 
-    return View(names(by), names(columns), sort, baseline, parse_where(where or ()))
+
+def names_in(given: Given) -> list[str]:
+    """`a,b` and repeated options, as one list."""
+    return [n.strip() for part in given or () for n in part.split(",") if n.strip()]
 
 
 def _written(format_: Format, folders: list[SuiteFolder], view: View) -> str | bytes:
@@ -166,12 +161,21 @@ def _written(format_: Format, folders: list[SuiteFolder], view: View) -> str | b
     return write(built)
 
 
-def _save(path: Path, content: str | bytes) -> None:
-    """Write whole or not at all; raises ResultsError."""
+def _give(made: str | bytes, output: Path | None) -> None:
+    """To stdout, or to a file, whole or not at all; raises ResultsError."""
+    from snnbench import console
     from snnbench.store import publish
 
-    raw = content.encode() if isinstance(content, str) else content
-    publish(path, lambda temporary: temporary.write_bytes(raw))
+    raw = made.encode() if isinstance(made, str) else made
+    if output is not None:
+        publish(output, lambda temporary: temporary.write_bytes(raw))
+        console.say(f"written: {output}")
+    elif isinstance(made, str):
+        console.print_data(made)
+    elif sys.stdout.isatty():
+        raise UsageError("this format is binary: name a file with --output")
+    else:
+        console.print_bytes(made)
 
 
 def plot(
@@ -223,6 +227,44 @@ def show(run_id: str, results: Results = Path("results"), as_json: Json = False)
     console.hint(f"snnbench report {suite_folder.path.name}; the log is {folder.log}")
 
 
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder, runs.csv, suite or REV:PATH.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The same; differences are B less A.")],
+    columns: Annotated[
+        list[str] | None, typer.Option("--columns", metavar="NAME", help="Figures to compare.")
+    ] = None,
+    where: Where = None,
+    format_: Annotated[
+        Format, typer.Option("--format", "-f", help="terminal, md or json.")
+    ] = Format.terminal,
+    output: Output = None,
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Compare two results cell by cell: better, worse, no evidence or not comparable."""
+    from snnbench import console
+    from snnbench.report import compare as rooms
+    from snnbench.report import markdown, source
+
+    wanted = source.parse_where(where or ())
+    sides = [(name, source.fitting(rooms.read(name, results), wanted)) for name in (a, b)]
+    found = rooms.compare(sides[0], sides[1], names_in(columns))
+    counted = ", ".join(f"{n} {verdict}" for verdict, n in found.counts.items()) or "nothing shared"
+    format_ = Format.json if as_json else format_
+    if format_ is Format.json:
+        text = console.to_json(rooms.to_json(found))
+    elif format_ is Format.md:
+        lines = [f"## {markdown.escape(a)} and {markdown.escape(b)}", "", f"{counted}.", ""]
+        text = "\n".join([*lines, *markdown.table(rooms.COLUMNS, rooms.cells(found), right=False)])
+    elif format_ is Format.terminal and output is None:
+        console.print_table(rooms.COLUMNS, rooms.cells(found), wrap=["where", "verdict"])
+        console.say(counted)
+        return
+    else:
+        raise UsageError("--format: a comparison is written as md or json, or to the terminal")
+    _give(text, output)
+
+
 def results_of(what: list[str] | None, results: Path) -> list[SuiteFolder]:
     """Folders of results, given by path, by suite, or by nothing: the suite run last."""
     from snnbench.spec import did_you_mean
@@ -249,5 +291,5 @@ def results_of(what: list[str] | None, results: Path) -> list[SuiteFolder]:
 
 def add_to(app: typer.Typer) -> None:
     """Give the app the commands of this module."""
-    for command in (report, plot, show):
+    for command in (report, plot, show, compare):
         app.command()(command)

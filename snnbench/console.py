@@ -6,6 +6,7 @@ The only module that imports rich.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,22 @@ def print_bytes(content: bytes) -> None:
 
 def print_json(value: Any) -> None:
     """An object to stdout."""
-    print_data(json.dumps(value, indent=1, ensure_ascii=False))
+    print_data(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """An object as text; a miss is the string "Infinity"."""
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def say(text: str) -> None:

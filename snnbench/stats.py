@@ -45,11 +45,14 @@ class Estimate:
 
     @property
     def p(self) -> float | None:
-        """Two-sided p of a t-test against 0; None without an interval."""
+        """Two-sided p of a t-test against 0; None without an interval.
+
+        Values that are all equal say no more than their signs do: the p of a sign-flip test.
+        """
         if self.half is None:
             return None
         if self.half == 0:
-            return 1.0 if self.mean == 0 else 0.0
+            return 1.0 if self.mean == 0 else smallest_p(self.n)
         from scipy.special import stdtr
 
         return float(2 * stdtr(self.n - 1, -abs(self.mean) / self.half * _t(self.n - 1)))

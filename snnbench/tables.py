@@ -285,23 +285,26 @@ def _write_text(text: str, path: Path) -> None:
 
 def read_runs(folder: SuiteFolder) -> pd.DataFrame:
     """runs.csv as it was written; raises ResultsError if it is missing or no such table."""
+    return read_table(folder.runs_csv)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of runs by whatever name; raises ResultsError if it is missing or no such table."""
     try:
         frame = pd.read_csv(
-            folder.runs_csv,
+            path,
             dtype=dict.fromkeys(TEXT_COLUMNS, "string"),
             keep_default_na=False,  # a reason may read "None"
             na_values={name: [""] for name in RUN_COLUMNS if name != "reason"},
         )
     except FileNotFoundError as error:
-        raise ResultsError(
-            f"{folder.runs_csv}: no results yet; `snnbench run` makes them"
-        ) from error
+        raise ResultsError(f"{path}: no results yet; `snnbench run` makes them") from error
     except (OSError, ValueError) as error:
-        raise ResultsError(f"{folder.runs_csv}: not a readable table: {error}") from error
+        raise ResultsError(f"{path}: not a readable table: {error}") from error
     absent = [c for c in RUN_COLUMNS[:36] if c not in frame.columns]
     if absent:
         raise ResultsError(
-            f"{folder.runs_csv}: column '{absent[0]}' is missing; is this a table "
+            f"{path}: column '{absent[0]}' is missing; is this a table "
             "that snnbench wrote?"
         )
     return frame.reindex(columns=[*frame.columns, *(c for c in RUN_COLUMNS if c not in frame)])

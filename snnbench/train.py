@@ -37,6 +37,7 @@ from snnbench.spec import digest, sub_seed
 WARM_UP_STEPS = 2
 AUGMENT_CHUNK = 4096
 EPOCH_CHECKPOINT_S = 10.0  # between epochs; a shorter run is done again sooner than it is written
+LEAST_SCALE = 2.0**-24  # of an fp16 loss: below it no gradient is left to divide
 LOOK_EVERY = 100  # steps between looks at the loss on a GPU, which make it wait
 
 
@@ -177,8 +178,14 @@ def train_epoch(job: Job, at: Progress, split: Split, phase: Phase, epoch: int) 
                 state["grad_norm_init"] = gradient_norms(job.net)
     window.close()
     state["grad_norm"] = gradient_norms(job.net)
+    where = f"epoch {epoch + 1} of {at.plan[-1].end}"
     if not loss_sum.isfinite():
-        raise DivergedError(f"the loss was not finite in epoch {epoch + 1} of {at.plan[-1].end}")
+        raise DivergedError(f"the loss was not finite in {where}")
+    if (scale := job.engine.loss_scale) is not None and scale < LEAST_SCALE:
+        raise DivergedError(
+            f"the fp16 loss scale fell to {scale:.1e} in {where}: gradients overflow at every "
+            "step; use bf16 or fp32"
+        )
     return {
         "event": "epoch",
         "epoch": epoch + 1,

@@ -46,7 +46,7 @@ def test_p_of_an_estimate_is_that_of_the_t_test(values: list[float]) -> None:
 
 def test_p_without_spread() -> None:
     assert Estimate(0.0, 0.0, 3).p == 1.0
-    assert Estimate(0.1, 0.0, 3).p == 0.0
+    assert Estimate(0.1, 0.0, 3).p == 0.25
     assert Estimate(0.1, None, 1).p is None
 
 

@@ -65,7 +65,7 @@ def download(remote: Remote, folder: Path, progress: Progress | None = None) -> 
             except _AddressError as error:
                 told.append(f"{url}: {error}")
             except OSError as error:
-                raise _cannot_write(part, error) from error
+                raise cannot_write(part, error) from error
         kept = part.stat().st_size if part.is_file() else 0
         resume = (
             f"; {kept:,} bytes are kept in {part}, and the same command goes on" if kept else ""
@@ -108,14 +108,14 @@ def extract(archive: Path, folder: Path) -> None:
                     f"({' '.join(str(error).split())}); delete it and fetch it again"
                 ) from error
             if isinstance(error, OSError):
-                raise _cannot_write(folder, error) from error
+                raise cannot_write(folder, error) from error
             raise
         try:
             for item in sorted(half.iterdir()):
                 _move_into(item, folder / item.name)
             shutil.rmtree(half)
         except OSError as error:
-            raise _cannot_write(folder, error) from error
+            raise cannot_write(folder, error) from error
 
 
 def cut_short(archive: str, folder: Path) -> bool:
@@ -207,7 +207,7 @@ def _go_on(url: str, remote: Remote, part: Path, progress: Progress | None) -> t
         total = start + int(length) if length is not None else remote.size
         if total == 0:
             raise _AddressError("the server sends an empty file; a web firewall, as it seems")
-        _check_room(part, (total or 0) - start)
+        check_room(part.parent, (total or 0) - start)
         with part.open("ab" if resumed else "wb") as file:
             while True:
                 try:
@@ -225,13 +225,15 @@ def _go_on(url: str, remote: Remote, part: Path, progress: Progress | None) -> t
     return True, ""
 
 
-def _check_room(part: Path, needed: int) -> None:
-    free = shutil.disk_usage(part.parent).free
+def check_room(folder: Path, needed: int) -> None:
+    """Raise OSError where the folder's disk has less room than is needed."""
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are to come and {free:,} are free")
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
 
 
-def _cannot_write(path: Path, error: OSError) -> DataError:
+def cannot_write(path: Path, error: OSError) -> DataError:
+    """One line that says why, and what to do about it."""
     what = "the disk is full: " if error.errno == errno.ENOSPC else ""
     return DataError(f"{path}: cannot be written: {what}{error.strerror or error}; make room, or "
                      "name another folder with --data-root or SNNBENCH_DATA")  # fmt: skip

@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 from snnbench.data import mix, official
 from snnbench.data.base import Augment, Data, Info, Split
-from snnbench.data.fetch import Remote
+from snnbench.data.fetch import Remote, check_room
 from snnbench.data.folders import (
     MEAN,
     STD,
@@ -39,7 +39,7 @@ from snnbench.data.folders import (
     decode,
     read,
 )
-from snnbench.data.prepared import SPLITS, Store, check_room
+from snnbench.data.prepared import SPLITS, Store
 from snnbench.data.splits import hash_indices
 from snnbench.errors import DataError
 from snnbench.spec import digest
@@ -74,7 +74,7 @@ def pack(
 ) -> Array:
     """Write all files into shards of about `size` bytes, in order; their index, int64 [N, 3]."""
     paths = [path for listing in listings for path in listing.paths]
-    check_room(folder / shard_name(0), sum(path.stat().st_size for path in paths))
+    check_room(folder, sum(path.stat().st_size for path in paths))
     index = np.empty((len(paths), 3), dtype=np.int64)
     shard, offset, file = 0, 0, (folder / shard_name(0)).open("wb")
     try:

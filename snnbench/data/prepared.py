@@ -15,7 +15,6 @@ those files are official does not stand in it: that is looked at anew for each r
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -32,8 +31,8 @@ from filelock import FileLock
 
 from snnbench import __version__
 from snnbench.data.base import Dataset, Info, Progress, Split, Verdict, balanced
+from snnbench.data.fetch import cannot_write, check_room
 from snnbench.data.splits import hash_indices
-from snnbench.errors import DataError
 from snnbench.spec import canonical, digest
 
 FORMAT = 3
@@ -93,7 +92,7 @@ class PreparedSet(Dataset):
         A store serves when its files are gone; but then nothing vouches for it.
         """
         gone = not self.present(root) and exists(root, self.name, self.recipe())
-        nothing = Verdict(False, [], "what it was prepared from is gone")
+        nothing = Verdict(False, [], "what it was prepared from is gone, or half unpacked")
         source, verdict = (None, nothing) if gone else self.look(root)
         verdict.allow(self.name, root, allow_unverified)
 
@@ -184,8 +183,9 @@ def exists(root: Path, name: str, recipe: Mapping[str, Any]) -> bool:
 
 def clean(root: Path, name: str) -> list[Path]:
     """Delete the dataset's stores, and what was measured of it; the stores that were there."""
-    gone = stores(root, name)
-    (root / "prepared" / f"{name}.measured.json").unlink(missing_ok=True)
+    gone, measured = stores(root, name), root / "prepared" / f"{name}.measured.json"
+    with _writing(measured):
+        measured.unlink(missing_ok=True)
     for folder in gone:
         # Whoever is at work on the store is waited for.
         with _writing(folder), _lock(folder.with_name(folder.name.lstrip("."))):
@@ -265,7 +265,7 @@ def _write(
         for count, sample in enumerate(part.samples, 1):
             if shape is None:
                 shape = sample.shape
-                check_room(path, n * sample.nbytes)
+                check_room(path.parent, n * sample.nbytes)
                 header = {"descr": "|u1", "fortran_order": False, "shape": (n, *shape)}
                 np.lib.format.write_array_header_1_0(file, header)
             assert sample.dtype == np.uint8
@@ -281,13 +281,6 @@ def _write(
     return done + n
 
 
-def check_room(path: Path, needed: int) -> None:
-    """Raise OSError where the disk has less room than is needed."""
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free")
-
-
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -301,12 +294,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno == errno.ENOSPC
-        why = f"the disk is full: {error.strerror}" if full else f"{error.strerror or error}"
-        raise DataError(
-            f"{folder}: cannot be written: {why}; make room, or name another folder with "
-            "--data-root or SNNBENCH_DATA"
-        ) from error
+        raise cannot_write(folder, error) from error
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnbench import group
+from snnbench.neurons import wide
+
 
 def linear(op: nn.Conv2d | nn.Linear, rate_B: Tensor, y_TB: Tensor, last: bool) -> Tensor:
     """The map's output on the mean input, given its outputs y_TB on all timesteps.
@@ -108,3 +111,39 @@ class Step(torch.autograd.Function):
             gc_B = gz_B - (gbias / count).view(shape) - xhat_B * (gweight / count).view(shape)
         gc_B = (gc_B * a.view(shape)).to(ctx.dtypes[0])
         return gc_B, grest_B, gweight, gbias, None
+
+
+class MeanNorm(torch.autograd.Function):
+    """BatchNorm with statistics of other values, whose gradients are those of its own input.
+
+    With xhat = (c - mean) r, r = 1 / sqrt(var + eps) and <.> the mean over a channel:
+
+        d xhat = r (dc - <dc>) - r xhat <xhat (dc - <dc>)>
+
+    Only xhat is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, c_B: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+    ) -> Tensor:
+        """The normalised input, in its own dtype."""
+        scale = torch.rsqrt(var.clamp_min(0) + eps)
+        xhat_B = (wide(c_B) - mean) * scale
+        ctx.save_for_backward(xhat_B, weight, scale)
+        ctx.dtype = c_B.dtype
+        weight, bias = weight.view(1, -1, 1, 1), bias.view(1, -1, 1, 1)
+        return torch.addcmul(bias, xhat_B, weight).to(c_B.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of what `forward` was given."""
+        xhat_B, weight, scale = ctx.saved_tensors
+        axes, g_B = (0, 2, 3), wide(grads[0])
+        by_xhat = g_B * xhat_B
+        gbias, gweight = g_B.sum(axes), by_xhat.sum(axes)
+        # Means over the batch of all processes, of which the sums above are this one's part.
+        mean_g, mean_gx = group.mean(g_B, axes), group.mean(by_xhat, axes)
+        centred_B = xhat_B - group.mean(xhat_B, axes)
+        gc_B = (g_B - mean_g - centred_B * mean_gx) * (scale * weight.view(1, -1, 1, 1))
+        return gc_B.to(ctx.dtype), gweight, gbias, None, None, None

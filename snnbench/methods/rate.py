@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from snnbench import group
+from snnbench.kernels import rates
 from snnbench.methods.base import Method
 from snnbench.models.layer import Layer, Network, frames, normed, over_time, parts_of
 from snnbench.neurons import LIF, wide
@@ -231,11 +232,6 @@ def _statistics(c_B: Tensor) -> tuple[Tensor, Tensor]:
 
 def _normalise(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, c_B: Tensor) -> Tensor:
     """Normalised c_B: the statistics' values as given, their gradients those of c_B."""
-    dtype, c_B = c_B.dtype, wide(c_B)
-    own = group.mean(c_B, (0, 2, 3))
-    centred = c_B - (mean + (own - own.detach()))
-    own = group.mean(centred.square(), (0, 2, 3))
-    normed = centred * torch.rsqrt((var + (own - own.detach())).clamp_min(0) + bn.eps)
     weight = bn.weight * getattr(bn, "scale", 1.0)
-    out: Tensor = normed * weight.view(1, -1, 1, 1) + bn.bias.view(1, -1, 1, 1)
-    return out.to(dtype)
+    normed: Tensor = rates.MeanNorm.apply(c_B, weight, bn.bias, mean, var, bn.eps)
+    return normed

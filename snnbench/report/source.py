@@ -107,14 +107,20 @@ def read(
     runs = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
     if "kind" in runs:
         runs["kind"] = runs["kind"].fillna("train")
-    for column, values in (where or {}).items():
+    runs = fitting(runs, where or {})
+    apart = bool(runs["run_id"].duplicated().any())
+    return Source(tuple(folders), runs.reset_index(drop=True), apart, dict(where or {}))
+
+
+def fitting(runs: pd.DataFrame, where: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """The rows that have one of the wanted values in each column; raises UsageError."""
+    for column, values in where.items():
         if column not in runs:
             raise UsageError(
                 f"--where {column}: no such column{did_you_mean(column, runs.columns)}"
             )
         runs = runs[[_fits(value, values) for value in runs[column]]]
-    apart = bool(runs["run_id"].duplicated().any())
-    return Source(tuple(folders), runs.reset_index(drop=True), apart, dict(where or {}))
+    return runs
 
 
 def parse_where(rules: Iterable[str]) -> dict[str, list[str]]:
