@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from snnbench.cli_data import Json
-from snnbench.errors import ResultsError, UsageError
+from snnbench.cli_data import DataRoot, Json, data_root_of
+from snnbench.cli_run import Results, Set, device_named
+from snnbench.errors import ExitCode, ResultsError, UsageError
 
 if TYPE_CHECKING:  # they import pandas, which takes half a second
     from snnbench.report.content import View
@@ -55,9 +57,6 @@ def _known_suites(incomplete: str) -> list[str]:
     return [name for name in shipped() if name.startswith(incomplete)]
 
 
-Results = Annotated[
-    Path, typer.Option("--results", envvar="SNNBENCH_RESULTS", help="Folder of all results.")
-]
 What = Annotated[
     list[str] | None,
     typer.Argument(
@@ -265,6 +264,71 @@ def compare(
     _give(text, output)
 
 
+def gate(
+    suite: Annotated[
+        str,
+        typer.Argument(help="A suite file, or a shipped suite.", autocompletion=_known_suites),
+    ],
+    baseline: Annotated[Path, typer.Option("--baseline", help="The committed JSON file.")],
+    read: Annotated[
+        Path | None,
+        typer.Option("--read", metavar="FOLDER", help="Judge these results, and run nothing."),
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Write the baseline; limits it has are kept.")
+    ] = False,
+    yardstick: Annotated[
+        str,
+        typer.Option(metavar="METHOD[:KERNEL]", help="For --update: whose step time is 1."),
+    ] = "bptt",
+    set_: Set = None,
+    output: Output = None,
+    data_root: DataRoot = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run a suite and compare it with a committed baseline: exit code 0, or 1 and a summary."""
+    from snnbench import console
+    from snnbench.report import gate as judge
+
+    known = None if update and not baseline.exists() else judge.read(baseline)
+    with tempfile.TemporaryDirectory() as temporary:
+        if read is None:
+            context = {"data_root": str(data_root_of(data_root)), "device": device_named(device)}
+            folder, name = _run_afresh(suite, set_ or [], Path(temporary), context)
+        else:
+            (folder,), name = results_of([str(read)], Path()), Path(suite).stem
+        if known and known.suite != name:
+            raise UsageError(f"{baseline}: a baseline of '{known.suite}', not of '{name}'")
+        if update:
+            unit = known.yardstick if known else judge.yardstick_of(folder, yardstick)
+            limits = known.limits if known else judge.DEFAULT_LIMITS
+            _give(console.to_json(judge.of(folder, name, unit, limits)), baseline)
+            return
+        assert known is not None
+        verdict = judge.check(folder, known)
+    text = console.to_json(judge.to_json(verdict)) if as_json else judge.to_markdown(verdict)
+    _give(text, output)
+    if verdict.failed:
+        console.say(f"{len(verdict.failed)} of {len(verdict.checks)} checks failed")
+        raise typer.Exit(ExitCode.RUNS_FAILED)
+
+
+def _run_afresh(
+    suite: str, settings: list[str], results: Path, context: dict[str, Any]
+) -> tuple[SuiteFolder, str]:
+    """Run a suite where nothing was run before; its folder and name."""
+    from snnbench import console, planner, runner
+
+    loaded, specs = planner.specs_of(suite, settings)
+    plan = planner.make_plan(loaded, specs, results)
+    with console.Lines(quiet=True) as listener:
+        outcome = runner.run(plan, {**context, "allow_unverified_data": False}, listener)
+    if outcome.interrupted:
+        raise typer.Exit(ExitCode.INTERRUPTED)
+    return plan.folder, loaded.name
+
+
 def results_of(what: list[str] | None, results: Path) -> list[SuiteFolder]:
     """Folders of results, given by path, by suite, or by nothing: the suite run last."""
     from snnbench.spec import did_you_mean
@@ -291,5 +355,5 @@ def results_of(what: list[str] | None, results: Path) -> list[SuiteFolder]:
 
 def add_to(app: typer.Typer) -> None:
     """Give the app the commands of this module."""
-    for command in (report, plot, show, compare):
+    for command in (report, plot, show, compare, gate):
         app.command()(command)

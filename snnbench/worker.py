@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from snnbench.team import team
 from snnbench.train import train
 
 CLAIM_WAIT_S = 20.0
+LEASE_WAIT_S = 3.0
 BEAT_S = 1.0
 ASKED = re.compile(r"(?:allocate|allocated:?) +([\d.]+ *(?:[KMGT]i?B|bytes))", re.IGNORECASE)
 Send = Callable[[dict[str, Any]], None]
@@ -171,11 +173,10 @@ def main(folder: str, context: dict[str, Any], send: Send, work: Work | None = N
     _print_to(run.log)
     code = 1
     try:
-        lock = run.claim(CLAIM_WAIT_S)
-        if run.result() is None:
-            place = Place(**context.pop("place", {}))
-            _finish(run, Context(**context), place, send, work or _measure)
-        lock.release()
+        place = Place(**context.pop("place", {}))
+        with _lock(run, place):
+            if run.result() is None:
+                _finish(run, Context(**context), place, send, work or _measure)
         code = 0
     except Fenced:
         send({"event": "fenced"})
@@ -191,6 +192,20 @@ def main(folder: str, context: dict[str, Any], send: Send, work: Work | None = N
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # no time for destructors of a process that is done
+
+
+def _lock(run: RunFolder, place: Place) -> AbstractContextManager[object]:
+    """The run's lock, once a worker of this machine that had the run before us has ended.
+
+    One that does not end, since it is suspended, has lost the run with its lease.
+    """
+    try:
+        return run.claim(LEASE_WAIT_S if place.lease else CLAIM_WAIT_S)
+    except ResultsError:
+        if not place.lease:
+            raise
+        place.check_lease()
+        return nullcontext()
 
 
 def _finish(run: RunFolder, context: Context, place: Place, send: Send, work: Work) -> None:
