@@ -87,10 +87,11 @@ class Attempt:
         self.handle.close()
         if self._executor.remote:
             return self._over_remotely()
-        if self.storage is None:
+        fenced = self._ended_by == "fenced" or "fenced" in self._said
+        if self.storage is None and not fenced:
             wall_s = time.monotonic() - (self._started or self._began)
             self.folder.append({"event": "exit", "wall_s": wall_s})
-        return self._over()
+        return self._over(fenced)
 
     def _hear(self, message: dict[str, Any]) -> None:
         self._heard = time.monotonic()
@@ -120,11 +121,11 @@ class Attempt:
             if self._ended_by:
                 self.handle.kill()
 
-    def _over(self) -> bool:
+    def _over(self, fenced: bool) -> bool:
         """What the end of a process means; starts another where the run goes on."""
         if self.storage is not None or self.folder.result() is not None:
             return True
-        if self._ended_by == "fenced" or "fenced" in self._said:
+        if fenced:
             self.lost = True
             return True
         if self._ended_by == "timeout":

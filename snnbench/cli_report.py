@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snnbench.cli_data import DataRoot, Json, data_root_of
-from snnbench.cli_run import Results, Set, device_named
-from snnbench.errors import ExitCode, ResultsError, UsageError
+from snnbench.cli_data import Json
+from snnbench.cli_run import Results
+from snnbench.errors import ResultsError, UsageError
 
 if TYPE_CHECKING:  # they import pandas, which takes half a second
     from snnbench.report.content import View
@@ -49,12 +48,6 @@ def _known_figures(incomplete: str) -> list[str]:
     from snnbench.report.plots import FIGURES
 
     return [name for name in ("all", *FIGURES) if name.startswith(incomplete)]
-
-
-def _known_suites(incomplete: str) -> list[str]:
-    from snnbench.suite import shipped
-
-    return [name for name in shipped() if name.startswith(incomplete)]
 
 
 What = Annotated[
@@ -122,7 +115,7 @@ def report(
         name = folders[-1].path.name
         console.hint(f"snnbench report {name} -o report.html, or snnbench show RUN_ID")
         return
-    _give(_written(format_, folders, view), output)
+    give(_written(format_, folders, view), output)
 
 
 Given = list[str] | None
@@ -160,7 +153,7 @@ def _written(format_: Format, folders: list[SuiteFolder], view: View) -> str | b
     return write(built)
 
 
-def _give(made: str | bytes, output: Path | None) -> None:
+def give(made: str | bytes, output: Path | None) -> None:
     """To stdout, or to a file, whole or not at all; raises ResultsError."""
     from snnbench import console
     from snnbench.store import publish
@@ -217,116 +210,51 @@ def show(run_id: str, results: Results = Path("results"), as_json: Json = False)
     """Print everything known of one run; the beginning of its id is enough."""
     from snnbench import console, runner
 
-    suite_folder, folder = runner.find_run(results, run_id)
-    details = runner.run_details(folder)
+    log = ""
+    try:
+        suite_folder, folder = runner.find_run(results, run_id)
+        details, log = runner.run_details(folder), f"; the log is {folder.log}"
+    except ResultsError:  # in a clone the tables were kept, and the run folders were not
+        from snnbench.report import source
+
+        found = source.find_row(results, run_id)
+        if found is None:
+            raise
+        suite_folder, details = found
     if as_json:
         console.print_json(details)
         return
     console.print_run(details)
-    console.hint(f"snnbench report {suite_folder.path.name}; the log is {folder.log}")
+    console.hint(f"snnbench report {suite_folder.path.name}{log}")
 
 
-def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="Folder, runs.csv, suite or REV:PATH.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The same; differences are B less A.")],
-    columns: Annotated[
-        list[str] | None, typer.Option("--columns", metavar="NAME", help="Figures to compare.")
+def export(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SUITE or FOLDER]",
+            help="Default: the suite run last.",
+            autocompletion=_known_results,
+        ),
     ] = None,
-    where: Where = None,
-    format_: Annotated[
-        Format, typer.Option("--format", "-f", help="terminal, md or json.")
-    ] = Format.terminal,
-    output: Output = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: SUITE.zip; or a .json file.")
+    ] = None,
     results: Results = Path("results"),
-    as_json: Json = False,
 ) -> None:
-    """Compare two results cell by cell: better, worse, no evidence or not comparable."""
+    """Pack a result with its provenance into one archive, or write NeuroBench's metrics."""
     from snnbench import console
-    from snnbench.report import compare as rooms
-    from snnbench.report import markdown, source
+    from snnbench.report import content
+    from snnbench.report import export as rooms
 
-    wanted = source.parse_where(where or ())
-    sides = [(name, source.fitting(rooms.read(name, results), wanted)) for name in (a, b)]
-    found = rooms.compare(sides[0], sides[1], names_in(columns))
-    counted = ", ".join(f"{n} {verdict}" for verdict, n in found.counts.items()) or "nothing shared"
-    format_ = Format.json if as_json else format_
-    if format_ is Format.json:
-        text = console.to_json(rooms.to_json(found))
-    elif format_ is Format.md:
-        lines = [f"## {markdown.escape(a)} and {markdown.escape(b)}", "", f"{counted}.", ""]
-        text = "\n".join([*lines, *markdown.table(rooms.COLUMNS, rooms.cells(found), right=False)])
-    elif format_ is Format.terminal and output is None:
-        console.print_table(rooms.COLUMNS, rooms.cells(found), wrap=["where", "verdict"])
-        console.say(counted)
-        return
+    (folder,) = results_of([what] if what else None, results)
+    target = output or Path(f"{folder.path.resolve().name}.zip")
+    if target.suffix == ".json":
+        give(console.to_json(rooms.neurobench(content.build(folder).cells)), target)
+    elif target.suffix == ".zip":
+        give(rooms.archive(folder), target)
     else:
-        raise UsageError("--format: a comparison is written as md or json, or to the terminal")
-    _give(text, output)
-
-
-def gate(
-    suite: Annotated[
-        str,
-        typer.Argument(help="A suite file, or a shipped suite.", autocompletion=_known_suites),
-    ],
-    baseline: Annotated[Path, typer.Option("--baseline", help="The committed JSON file.")],
-    read: Annotated[
-        Path | None,
-        typer.Option("--read", metavar="FOLDER", help="Judge these results, and run nothing."),
-    ] = None,
-    update: Annotated[
-        bool, typer.Option("--update", help="Write the baseline; limits it has are kept.")
-    ] = False,
-    yardstick: Annotated[
-        str,
-        typer.Option(metavar="METHOD[:KERNEL]", help="For --update: whose step time is 1."),
-    ] = "bptt",
-    set_: Set = None,
-    output: Output = None,
-    data_root: DataRoot = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Json = False,
-) -> None:
-    """Run a suite and compare it with a committed baseline: exit code 0, or 1 and a summary."""
-    from snnbench import console
-    from snnbench.report import gate as judge
-
-    known = None if update and not baseline.exists() else judge.read(baseline)
-    with tempfile.TemporaryDirectory() as temporary:
-        if read is None:
-            context = {"data_root": str(data_root_of(data_root)), "device": device_named(device)}
-            folder, name = _run_afresh(suite, set_ or [], Path(temporary), context)
-        else:
-            (folder,), name = results_of([str(read)], Path()), Path(suite).stem
-        if known and known.suite != name:
-            raise UsageError(f"{baseline}: a baseline of '{known.suite}', not of '{name}'")
-        if update:
-            unit = known.yardstick if known else judge.yardstick_of(folder, yardstick)
-            limits = known.limits if known else judge.DEFAULT_LIMITS
-            _give(console.to_json(judge.of(folder, name, unit, limits)), baseline)
-            return
-        assert known is not None
-        verdict = judge.check(folder, known)
-    text = console.to_json(judge.to_json(verdict)) if as_json else judge.to_markdown(verdict)
-    _give(text, output)
-    if verdict.failed:
-        console.say(f"{len(verdict.failed)} of {len(verdict.checks)} checks failed")
-        raise typer.Exit(ExitCode.RUNS_FAILED)
-
-
-def _run_afresh(
-    suite: str, settings: list[str], results: Path, context: dict[str, Any]
-) -> tuple[SuiteFolder, str]:
-    """Run a suite where nothing was run before; its folder and name."""
-    from snnbench import console, planner, runner
-
-    loaded, specs = planner.specs_of(suite, settings)
-    plan = planner.make_plan(loaded, specs, results)
-    with console.Lines(quiet=True) as listener:
-        outcome = runner.run(plan, {**context, "allow_unverified_data": False}, listener)
-    if outcome.interrupted:
-        raise typer.Exit(ExitCode.INTERRUPTED)
-    return plan.folder, loaded.name
+        raise UsageError(f"--output {target}: write a .zip (everything) or .json (NeuroBench)")
 
 
 def results_of(what: list[str] | None, results: Path) -> list[SuiteFolder]:
@@ -355,5 +283,5 @@ def results_of(what: list[str] | None, results: Path) -> list[SuiteFolder]:
 
 def add_to(app: typer.Typer) -> None:
     """Give the app the commands of this module."""
-    for command in (report, plot, show, compare, gate):
+    for command in (report, plot, show, export):
         app.command()(command)

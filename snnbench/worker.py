@@ -51,6 +51,7 @@ CLAIM_WAIT_S = 20.0
 LEASE_WAIT_S = 3.0
 BEAT_S = 1.0
 ASKED = re.compile(r"(?:allocate|allocated:?) +([\d.]+ *(?:[KMGT]i?B|bytes))", re.IGNORECASE)
+OOM_WORDS = ("not enough memory", "can't allocate memory")  # what torch says on a CPU
 Send = Callable[[dict[str, Any]], None]
 Work = Callable[..., dict[str, Any]]
 
@@ -247,7 +248,7 @@ def _finish(run: RunFolder, context: Context, place: Place, send: Send, work: Wo
         record |= {"status": "failed", "reason": str(error)}
     except Exception as error:
         traceback.print_exc()
-        out_of_memory = isinstance(error, RuntimeError) and "not enough memory" in str(error)
+        out_of_memory = isinstance(error, RuntimeError) and any(w in str(error) for w in OOM_WORDS)
         if out_of_memory:
             record |= {"status": "oom", "reason": _size_asked_for(error)}
         else:

@@ -23,7 +23,7 @@ TIMING = {
     "train_s", "eval_s", "wall_s", "overhead_s", "measure_s", "worker_s", "setup_s", "step_ms_p25",
     "step_ms_p50", "step_ms_p75", "steps_timed", "peak_bytes", "activations_bytes", "warm_up_s",
     "data_share", "forward_share", "backward_share", "optimizer_share", "images_per_s",
-    "timing_warning", "peak_nvml_bytes", "energy_j", "energy_measured_j",
+    "timing_warning", "warnings", "peak_nvml_bytes", "energy_j", "energy_measured_j",
 }  # fmt: skip
 GUEST = Path(__file__).parent / "plugin_faulty"
 CLOCK = Path(__file__).parent / "jumping_clock"
@@ -50,6 +50,11 @@ epochs = {epochs}
 {train}
 {methods}
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Markers of tests that need more than Python."""
+    config.addinivalue_line("markers", "slurm: needs Debian's Slurm, and root to start it")
 
 
 class Bench:

@@ -112,20 +112,20 @@ def kill_at_random(bench: Bench, suite: Path, results: Path) -> Happened:
     """Worker, command, or both are killed at twenty random moments; the command is given again."""
     folder, rng = results / "tiny", random.Random(1)
     command = ("run", suite, "--results", results, "--set", "run.retries=99")
-    process, dead = bench.start(*command, guest=True), set[int]()
-    moments = ["worker"] * 14 + ["command"] * 3 + ["both"] * 3
+    moments = ["worker"] * 16 + ["command"] * 2 + ["both"] * 2
     rng.shuffle(moments)
+    process, dead = bench.start(*command, guest=True), set[int]()
     for whom in moments:
-        until(lambda: process.poll() is not None or set(started(folder)) - dead, "a worker")
-        time.sleep(rng.uniform(0, 0.5))
-        if process.poll() is None:
-            if whom != "command":
-                for pid in set(started(folder)) - dead:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-            if whom != "worker":
-                process.kill()
-                bench.wait(process)
+        until(lambda p=process, d=dead: p.poll() is not None or set(started(folder)) - d, "a run")
+        # Before the first epoch, or so late that the run comes further than the last time.
+        time.sleep(rng.choice([rng.uniform(0, 0.3), rng.uniform(0.5, 1.2)]))
+        if whom != "command":
+            for pid in set(started(folder)) - dead:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if whom != "worker":
+            process.kill()
+            bench.wait(process)
         if process.poll() is not None:
             process = bench.start(*command, guest=True)
         dead |= set(started(folder))
@@ -159,8 +159,8 @@ def suspend_the_owner(bench: Bench, suite: Path, results: Path) -> list[Happened
     wake up.
     """
     folder = results / "tiny"
-    command = ("run", suite, "--results", results, "--only", "seed=[0,1]")
-    command += ("--set", "run.lease_s=1.5")
+    command = ("run", suite, "--results", results, "--only", "seed=0")
+    command += ("--only", "seed=1", "--set", "run.lease_s=1.5")
     first = bench.start(*command, guest=True)
     until(lambda: epochs(folder) >= 2, "some epochs")
     os.killpg(first.pid, signal.SIGSTOP)
@@ -277,11 +277,11 @@ def test_an_owner_that_was_suspended_publishes_nothing_over_the_next(scenarios, 
     second, first = scenarios[suspend_the_owner].result()
     for happened in (second, first):
         assert happened.ended.returncode == 0, happened.ended.stderr
-    assert "another machine has taken it over" in first.ended.stderr
     seen = cells(second.folder)
     assert len(seen["results"]) == len(seen["runs"]) == 2
-    assert seen["results"].items() <= cells(undisturbed.folder)["results"].items()
-    assert len(started(second.folder, "-s1-")) == 1
+    whole = cells(undisturbed.folder)["results"]
+    assert seen["results"] == {run_id: whole[run_id] for run_id in seen["results"]}
+    assert [len(started(second.folder, f"-s{seed}-")) for seed in (0, 1)] == [2, 1]
 
 
 def test_a_clock_that_jumps_changes_nothing(scenarios, undisturbed):

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = {
-    lang: re.findall(rf"```{lang}\n(.*?)```", README, re.S) for lang in ("bash", "toml", "python")
+    lang: re.findall(rf"```{lang}\n(.*?)```", README, re.S)
+    for lang in ("bash", "toml", "python", "yaml")
 }
 # pip and fetch need a network, and cifar10 a GPU; the others are run with snnbench installed.
 COMMANDS = [
@@ -30,7 +31,9 @@ SHORTER = {
     "snnbench peers": "--net digits --batch 4 --rounds 1 --steps 1 --only "
     "ours:auto+cl+ma,ours:reference,spikingjelly:multi --output peers",
 }
-RUN_HERE = [c for c in OURS if c not in NEED_DATA and "my_loss" not in c]
+# Their figures are those of a session of their own: the test below, and `.ci/run`.
+GATES = [c for c in OURS if c.startswith("snnbench gate")]
+RUN_HERE = [c for c in OURS if c not in NEED_DATA + GATES and "my_loss" not in c]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +52,10 @@ def run(command, folder):
 
 def test_the_readme_has_the_commands_we_promise():
     assert COMMANDS[:3] == [
-        "pip install .", "snnbench run suites/smoke.toml", "snnbench report --format md",
+        'pip install ".[report]"', "snnbench run suites/smoke.toml", "snnbench report --format md",
     ]  # fmt: skip
     assert 'pip install -e ".[dev]"' in COMMANDS
-    assert len(RUN_HERE) >= 13
+    assert len(RUN_HERE) >= 20
     assert set(SHORTER) <= set(RUN_HERE)
 
 
@@ -122,3 +125,30 @@ def test_the_readme_shows_the_committed_smoke_table():
     committed = (ROOT / "results" / "smoke" / "report.md").read_text("utf-8")
     table = [line for line in committed.splitlines() if line.startswith("| ")]
     assert [line for line in shown.splitlines() if line.startswith("| ")] == table
+
+
+def test_the_report_of_the_readme_is_what_the_command_prints():
+    """The committed report was written by the command that the README shows, not by hand."""
+    for name in ("smoke", "digits-study"):
+        done = run(f"snnbench report results/{name} --format md", ROOT)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == (ROOT / "results" / name / "report.md").read_text("utf-8")
+
+
+def test_the_gate_of_the_readme_is_well_formed(folder):
+    """The command of the README, and those of its GitHub Actions lines, up to the running."""
+    actions = [line.partition("run: ")[2] for line in BLOCKS["yaml"][0].splitlines()]
+    commands = GATES + [c for c in actions if c.startswith("snnbench gate")]
+    assert len(commands) == 2
+    assert "pip install ." in actions
+    assert commands[1].split(" -o ")[0] == commands[0]
+    made = run("snnbench run gate --results gated", folder)
+    assert made.returncode == 0, made.stderr
+    for command in commands:
+        done = run(f"{command} --read gated/gate --json", folder)
+        name = command.partition(" -o ")[2]
+        verdict = json.loads((folder / name).read_text() if name else done.stdout)
+        # Times of a busy machine may differ; everything else must not.
+        failed = [c for c in verdict["checks"] if not c["ok"] and c["figure"] != "step_ratio"]
+        assert failed == []
+        assert len(verdict["checks"]) > 50

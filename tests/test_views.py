@@ -453,6 +453,29 @@ def test_plot_all_says_what_it_cannot_draw(
     assert (tmp_path / "curves.svg").read_text("utf-8").startswith("<?xml")
 
 
+def test_show_of_a_run_whose_folder_was_not_kept(
+    shared: SuiteFolder, bench: Bench, tmp_path: Path
+) -> None:
+    bare = SuiteFolder(tmp_path / "results" / "made")
+    bare.path.mkdir(parents=True)
+    for name in ("runs.csv", "epochs.csv"):
+        (bare.path / name).write_bytes((shared.path / name).read_bytes())
+    run_id = replace(SPEC, seed=3).run_id
+    found = bench.run("show", run_id[:-8], "--results", bare.path.parent, "--json")
+    assert found.returncode == 0, found.stderr
+    kept = json.loads(bench.run("show", run_id, "--results", shared.path.parent, "--json").stdout)
+    shown = json.loads(found.stdout)
+    assert shown["run_id"] == kept["run_id"] == run_id
+    assert shown["status"] == "done"
+    assert shown["result"]["test_acc"] == kept["result"]["test_acc"] == pytest.approx(0.83)
+    assert shown["spec"]["neuron"] == {"decay": 0.5}
+    assert [e["epoch"] for e in shown["epochs"]] == [1, 2]
+    assert "made" in bench.run("show", run_id, "--results", bare.path.parent).stderr
+    unknown = bench.run("show", "nix", "--results", bare.path.parent)
+    assert unknown.returncode == ResultsError.exit_code
+    assert len(unknown.stderr.splitlines()) == 1
+
+
 def test_results_that_do_not_exist_are_named(shared: SuiteFolder, bench: Bench) -> None:
     found = bench.run("report", "mode", "--results", shared.path.parent)
     assert found.returncode == ResultsError.exit_code

@@ -12,7 +12,14 @@ The arithmetic is that of a backend, a module with these functions on contiguous
     rate_fire(y, a, b, mean, rstd, rest, decay, neuron, T)         s, rate, elig, xhat
 
 x = a y + b + rest is the input current; xhat = (y - mean) rstd.  Membranes, statistics and sums
-are fp32 whatever the dtype of y.
+are fp32 whatever the dtype of y.  A backend that is `complete` does more in the same passes:
+
+    affine(y, weight, bias, running, eps, share, batch_stats)      a, b, mean, rstd: [4, C]
+    rate_backward(g, elig, xhat, a, rested, batch_stats)           gradients through time-means
+    fire, fire_backward    normalise the rest as well, and take the gradient in two parts, one for
+                           each user of the spikes
+
+With any other these are torch operations around the backend.
 """
 
 from __future__ import annotations
@@ -26,8 +33,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from snnbench.kernels import rates
+from snnbench.kernels.rates import cells, uncells
 from snnbench.kernels.reference import Reference
-from snnbench.neurons import LIF, ReLU
+from snnbench.neurons import LIF, ReLU, wide
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,11 @@ class Affine:
 
 @dataclass(frozen=True)
 class Rates:
-    """Time-means of a layer: rate, eligibility, normalised input."""
+    """Time-means of a layer: rate; eligibility and normalised input as [M, C]."""
 
     rate_B: Tensor
-    elig_B: Tensor
-    xhat_B: Tensor | None
+    elig: Tensor
+    xhat: Tensor | None
     affine: Affine | None
 
 
@@ -59,7 +67,8 @@ class Kernel(Reference):
     def __init__(self, name: str, backend: Any) -> None:
         super().__init__()
         self.name, self.backend = name, backend
-        self._rates = WeakIdKeyDictionary()
+        self.complete = getattr(backend, "complete", False)
+        self._rates, self._twins = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
     def fuses(self, neuron: LIF | ReLU | None, dtype: torch.dtype) -> bool:
         """Whether the backend computes these neurons in this dtype."""
@@ -72,21 +81,39 @@ class Kernel(Reference):
         norm: nn.BatchNorm2d | None,
         rest_TB: Tensor | None,
         T: int,
+        rest_norm: nn.BatchNorm2d | None = None,
     ) -> Tensor:
         """Spikes s_TB of a population at rest, fed with the normalised y_TB plus rest_TB."""
         if not self.fuses(neuron, y_TB.dtype):
-            return super().fire(neuron, y_TB, norm, rest_TB, T)
+            return super().fire(neuron, y_TB, norm, rest_TB, T, rest_norm)
         assert isinstance(neuron, LIF)
         self.steps[self.name] += 1
+        if rest_norm is not None and (norm is None or not self.complete):
+            assert rest_TB is not None
+            rest_TB, rest_norm = normalised(rest_norm, rest_TB), None
         if norm is None and rest_TB is not None:
             y_TB, rest_TB = y_TB + rest_TB, None
         affine = None if norm is None else self._affine(norm, y_TB, T)
-        weight, bias = (None, None) if affine is None else (affine.weight, affine.bias)
+        by = None
+        if rest_norm is not None:
+            assert rest_TB is not None
+            by = self._affine(rest_norm, rest_TB, T)
+        plan = Plan(self.backend, neuron, T, affine, by, self.complete and torch.is_grad_enabled())
+        parameters = (None if of is None else (of.weight, of.bias) for of in (affine, by))
+        (weight, bias), (rest_weight, rest_bias) = (pair or (None, None) for pair in parameters)
         decay = decay_of(neuron, y_TB.device)
-        s_TB: Tensor = _Fire.apply(
-            self.backend, neuron, T, affine, y_TB, weight, bias, rest_TB, decay
+        s_TB, twin_TB = _Fire.apply(
+            plan, y_TB, weight, bias, rest_TB, decay, rest_weight, rest_bias
         )
-        return s_TB
+        if twin_TB is not None:
+            self._twins[s_TB] = twin_TB
+        out_TB: Tensor = s_TB
+        return out_TB
+
+    def twin(self, x_TB: Tensor) -> Tensor:
+        """The same spikes for their second user, whose gradient then needs no sum of its own."""
+        known: Tensor | None = self._twins.get(x_TB)
+        return x_TB if known is None else known
 
     def linear(self, op: nn.Conv2d | nn.Linear, rate_B: Tensor, y_TB: Tensor, last: bool) -> Tensor:
         """The map's output on the mean input, without computing it: see `rates.linear`."""
@@ -115,11 +142,10 @@ class Kernel(Reference):
                 cells(y_TB), a, b, mean, rstd, rest, decay, neuron, T
             )
             shape = y_TB.shape[1:]
-            rate, elig = (uncells(m[None], shape)[0] for m in (rate, elig))
-            xhat = None if xhat is None else uncells(xhat[None], shape)[0]
-            found = Rates(rate, elig, xhat, affine)
+            found = Rates(uncells(rate[None], shape)[0], elig, xhat, affine)
         weight, bias = (None, None) if affine is None else (affine.weight, affine.bias)
-        rate_B: Tensor = rates.Step.apply(c_B, rest_B, weight, bias, found)
+        back = self.backend.rate_backward if self.complete else rates.step_backward
+        rate_B: Tensor = rates.Step.apply(c_B, rest_B, weight, bias, found, back)
         out_TB: Tensor = rates.Carry.apply(uncells(s, shape), rate_B)
         self._rates[out_TB] = rate_B
         return out_TB
@@ -137,32 +163,70 @@ class Kernel(Reference):
         if not norm.affine:
             weight, bias = torch.ones(2, norm.num_features, device=y_TB.device)
             bias = bias - 1
+        weight, bias = wide(weight), wide(bias)
         weight = weight * scale if scale != 1.0 else weight
-        running = norm.running_mean is not None
-        batch_stats = norm.training or not running
+        batch_stats = norm.training or norm.running_mean is None
         with torch.no_grad():
+            y, count = cells(y_TB.detach()), T * y_TB.shape[1:].numel() // norm.num_features
+            if self.complete and count == y.numel() // norm.num_features and _all_wide(norm):
+                share = counted(norm) if norm.training else 0.0
+                running = norm.running_mean, norm.running_var
+                a, b, mean, rstd = self.backend.affine(
+                    y, weight, bias, running, norm.eps, share, batch_stats
+                ).unbind()
+                return Affine(weight, bias, a, b, mean, rstd, batch_stats)
             if batch_stats:
-                mean, var = self.backend.stats(cells(y_TB.detach()))
+                mean, var = self.backend.stats(y)
             else:
                 mean, var = norm.running_mean, norm.running_var
             assert mean is not None
             assert var is not None
-            if norm.training and running:
-                update_running(norm, mean, var, T * y_TB.shape[1:].numel() // norm.num_features)
-            rstd = torch.rsqrt(var + norm.eps)
+            if norm.training and norm.running_mean is not None:
+                update_running(norm, mean, var, count)
+            rstd = torch.rsqrt(wide(var) + norm.eps)
             a = weight * rstd
             b = torch.addcmul(bias, a, mean, value=-1)
-            return Affine(weight, bias, a, b, mean, rstd, batch_stats)
+            return Affine(weight, bias, a, b, wide(mean), rstd, batch_stats)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a layer step needs beside tensors of the graph; `rest` normalises what is added."""
+
+    backend: Any
+    neuron: LIF
+    T: int
+    affine: Affine | None
+    rest: Affine | None
+    twins: bool
+
+
+def normalised(norm: nn.BatchNorm2d, x_TB: Tensor) -> Tensor:
+    """x_TB after a BatchNorm over all timesteps."""
+    out_TB: Tensor = norm(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
+    return out_TB
+
+
+def counted(norm: nn.BatchNorm2d) -> float:
+    """The share of one batch more in the running statistics; 0 where there are none."""
+    if norm.running_mean is None:
+        return 0.0
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    return 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+
+
+def _all_wide(norm: nn.BatchNorm2d) -> bool:
+    """Whether the running statistics are in fp32 and in one piece each, or there are none."""
+    found = (norm.running_mean, norm.running_var)
+    return all(x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in found)
 
 
 def update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """Move the running statistics towards those of a batch of `count` values a channel."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    share = norm.momentum
-    share = 1 / float(norm.num_batches_tracked) if share is None else share
+    share = counted(norm)
     norm.running_mean.lerp_(mean, share)
     norm.running_var.lerp_(var * (count / max(1, count - 1)), share)
 
@@ -177,23 +241,6 @@ def decay_of(neuron: LIF, device: torch.device) -> Tensor:
 @cache
 def _constant(value: float, device: torch.device) -> Tensor:
     return torch.full((1,), value, device=device)
-
-
-def cells(x_TB: Tensor) -> Tensor:
-    """[T, B, C, H, W] or [T, B, F] as contiguous [T, M, C]; a view if channels are last."""
-    if x_TB.dim() == 3:
-        return x_TB.contiguous()
-    x = x_TB.permute(0, 1, *range(3, x_TB.dim()), 2)
-    x = x if x.is_contiguous() else x.contiguous()
-    return x.view(len(x), -1, x.shape[-1])
-
-
-def uncells(x: Tensor, shape: torch.Size) -> Tensor:
-    """[T, M, C] as [T, *shape], a view; `shape` is [B, C, ...]."""
-    if len(shape) == 2:
-        return x
-    B, C, *sites = shape
-    return x.view(len(x), B, *sites, C).permute(0, 1, len(shape), *range(2, len(shape)))
 
 
 def _rest(rest_TB: Tensor | None, y_TB: Tensor, T: int) -> Tensor | None:
@@ -212,37 +259,53 @@ class _Fire(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        backend: Any,
-        neuron: LIF,
-        T: int,
-        affine: Affine | None,
+        plan: Plan,
         y_TB: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         rest_TB: Tensor | None,
         decay: Tensor,
-    ) -> Tensor:
-        constants = _constants(affine)
+        rest_weight: Tensor | None,
+        rest_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        constants, rest_constants = _constants(plan.affine), _constants(plan.rest)
         y = cells(y_TB)
-        rest = _rest(rest_TB, y_TB, T)
-        ctx.save_for_backward(y, rest, decay, *constants)
-        ctx.backend, ctx.neuron, ctx.T, ctx.shape = backend, neuron, T, y_TB.shape[1:]
-        ctx.batch_stats = affine is not None and affine.batch_stats
+        rest = _rest(rest_TB, y_TB, plan.T)
+        ctx.save_for_backward(y, rest, decay, *constants, *rest_constants)
+        ctx.set_materialize_grads(False)
+        ctx.backend, ctx.neuron, ctx.T, ctx.shape = (
+            plan.backend,
+            plan.neuron,
+            plan.T,
+            y_TB.shape[1:],
+        )
+        ctx.batch_stats = plan.affine is not None and plan.affine.batch_stats
+        ctx.rest_normed = plan.rest is not None
         if rest_TB is not None:
             ctx.rest_dtype, ctx.rest_shape = rest_TB.dtype, rest_TB.shape
-        s = backend.fire(y, constants[0], constants[1], rest, decay, neuron, T)
-        return uncells(s, y_TB.shape[1:])
+        more = {"rest_affine": rest_constants[:2]} if ctx.rest_normed else {}
+        s = plan.backend.fire(
+            y, constants[0], constants[1], rest, decay, plan.neuron, plan.T, **more
+        )
+        s_TB = uncells(s, ctx.shape)
+        return s_TB, s_TB.view_as(s_TB) if plan.twins else None
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        y, rest, decay, a, b, mean, rstd = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        rates.refuse_second()
+        y, rest, decay, a, b, mean, rstd, *rest_constants = ctx.saved_tensors
         # A gradient may come in any layout; `cells` brings it into the one of y.
-        g = cells(grads[0])
-        g = g if g.dtype == y.dtype else g.to(y.dtype)
-        gy, grest, gweight, gbias, gdecay = ctx.backend.fire_backward(
-            g, y, a, b, mean, rstd, rest, decay, ctx.neuron, ctx.T, ctx.batch_stats
+        parts = [cells(g).to(y.dtype) for g in grads if g is not None]
+        if not parts:
+            return (None,) * 8
+        more = dict(zip(("g2",), parts[1:], strict=False))
+        if ctx.rest_normed:
+            more["rest_constants"] = tuple(rest_constants)
+        gy, grest, gweight, gbias, gdecay, *grest_weight = ctx.backend.fire_backward(
+            parts[0], y, a, b, mean, rstd, rest, decay, ctx.neuron, ctx.T, ctx.batch_stats, **more
         )
         gy = uncells(gy, ctx.shape)
         if grest is not None:
             grest = uncells(grest, ctx.shape).to(ctx.rest_dtype).sum_to_size(ctx.rest_shape)
-        return None, None, None, None, gy, gweight, gbias, grest, gdecay
+        rest_weight, rest_bias = (grest_weight[0], gbias) if ctx.rest_normed else (None, None)
+        return None, gy, gweight, gbias, grest, gdecay, rest_weight, rest_bias

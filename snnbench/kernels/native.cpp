@@ -3,7 +3,7 @@
 // Arrays are contiguous [T, M, C]: M batch x pixels, C channels (the channels-last layout).  `y` has
 // a time stride of 0 where the input is the same at every timestep.  With the membrane v, from 0:
 //
-//     x     = a * y + b + rest                 a, b per channel; 1 and 0 without normalisation
+//     x     = a * y + b + (ra * rest + rb)     per channel; 1 and 0 without normalisation
 //     v_pre = decay * v + gain * x
 //     s     = v_pre - v_th >= 0                (> 0: strict)
 //     v     = v_pre - drop * s                 (soft)   or   v_pre * (1 - s)   (hard)
@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -24,6 +25,7 @@
 namespace {
 
 constexpr int64_t WIDTH = 256;  // elements of a segment, at most
+constexpr int64_t ROUNDS = 16;  // of sums in float before they are added to those in double
 
 struct Neuron {
   float decay, gain, v_th, drop;
@@ -110,9 +112,9 @@ template <int KIND>
 inline float slope(float u, float p) {
   if (KIND == 0) {  // triangle
     const float left = p - std::fabs(u);
-    return (left < 0.f ? 0.f : left) / (p * p);
+    return (left < 0.f ? 0.f : left) * (1.f / (p * p));
   }
-  if (KIND == 1) return (std::fabs(u) < p / 2 ? 1.f : 0.f) / p;  // rectangle
+  if (KIND == 1) return (std::fabs(u) < p / 2 ? 1.f : 0.f) * (1.f / p);  // rectangle
   if (KIND == 2) {  // sigmoid
     const float q = 1.f / (1.f + exp_(-p * u));
     return p * q * (1.f - q);
@@ -125,42 +127,61 @@ inline float slope(float u, float p) {
   return p * 4.f * e / ((1.f + e) * (1.f + e));
 }
 
-inline float spike(float u, bool strict) {
-  const bool fired = strict ? u > 0.f : u >= 0.f;
-  return (fired ? 1.f : 0.f) + 0.f * u;  // a membrane that is not finite never passes as silent
+// What u = v_pre - v_th has to reach for a spike: no difference of floats lies between 0 and this.
+inline float bar(const Neuron& n) { return n.strict ? std::numeric_limits<float>::min() : 0.f; }
+
+inline float spike(float u, float bar) {
+  return (u >= bar ? 1.f : 0.f) + 0.f * u;  // a membrane that is not finite never passes as silent
 }
 
+// y, and what is added to it; their scales and shifts are given for both or only for y.
 struct Input {
-  const float *y, *rest, *a, *b;
+  const float *y, *rest, *a, *b, *ra, *rb;
   int64_t stride_y, stride;
 };
 
+// The constants of an input, once for each element of a tile.
+struct Scales {
+  std::vector<float> a, b, ra, rb;
+  Scales(const Input& in, const Walk& w)
+      : a(tiled(in.a, w, 1.f)), b(tiled(in.b, w, 0.f)), ra(tiled(in.ra, w, 1.f)),
+        rb(tiled(in.rb, w, 0.f)) {}
+};
+
+enum Rest { NONE, PLAIN, NORMED };
+
+Rest kind_of(const Input& in) { return !in.rest ? NONE : in.ra ? NORMED : PLAIN; }
+
 // One timestep of a segment: v_pre into `h`, spikes into `s`, the membrane `v` moves on.
-template <bool HARD, bool REST>
+template <bool HARD, Rest REST>
 void step_(const Neuron& n, const float* __restrict y, const float* __restrict r,
-           const float* __restrict a, const float* __restrict b, int64_t length,
-           float* __restrict v, float* __restrict h, float* __restrict s) {
-  const float decay = n.decay, gain = n.gain, th = n.v_th, drop = n.drop;
-  const bool strict = n.strict;
+           const float* __restrict a, const float* __restrict b, const float* __restrict ra,
+           const float* __restrict rb, int64_t length, float* __restrict v, float* __restrict h,
+           float* __restrict s) {
+  const float decay = n.decay, gain = n.gain, th = n.v_th, drop = n.drop, lowest = bar(n);
 #pragma omp simd
   for (int64_t i = 0; i < length; ++i) {
     float x = y[i] * a[i] + b[i];
-    if (REST) x = x + r[i];
-    const float v_pre = decay * v[i] + gain * x, f = spike(v_pre - th, strict);
+    if (REST == PLAIN) x = x + r[i];
+    if (REST == NORMED) x = x + (r[i] * ra[i] + rb[i]);
+    const float v_pre = decay * v[i] + gain * x, f = spike(v_pre - th, lowest);
     h[i] = v_pre;
     s[i] = f;
     v[i] = HARD ? v_pre * (1.f - f) : v_pre - drop * f;
   }
 }
 
-void step(const Input& in, const Neuron& n, int64_t t, int64_t offset, int64_t length,
-          const float* a, const float* b, float* v, float* h, float* s) {
+void step(const Input& in, const Neuron& n, const Scales& by, int64_t t, int64_t offset,
+          int64_t channel, int64_t length, float* v, float* h, float* s) {
   const float* y = in.y + t * in.stride_y + offset;
   const float* r = in.rest ? in.rest + t * in.stride + offset : nullptr;
-  if (n.hard) r ? step_<true, true>(n, y, r, a, b, length, v, h, s)
-                : step_<true, false>(n, y, r, a, b, length, v, h, s);
-  else r ? step_<false, true>(n, y, r, a, b, length, v, h, s)
-         : step_<false, false>(n, y, r, a, b, length, v, h, s);
+  const float *a = &by.a[channel], *b = &by.b[channel];
+  const float *ra = &by.ra[channel], *rb = &by.rb[channel];
+  const auto one = n.hard ? (!r ? step_<true, NONE> : in.ra ? step_<true, NORMED>
+                                                            : step_<true, PLAIN>)
+                          : (!r ? step_<false, NONE> : in.ra ? step_<false, NORMED>
+                                                             : step_<false, PLAIN>);
+  one(n, y, r, a, b, ra, rb, length, v, h, s);
 }
 
 // dv / dv_pre of the reset, given a spike f and a slope d.
@@ -171,17 +192,113 @@ inline float kept(float v_pre, float f, float d, float drop) {
   return keep;
 }
 
-// One timestep back: the gradient gx of the input current, and sums of it and of gx (y - mean).
+// The instance for a neuron: loops know the surrogate and the reset when they are compiled.
+#define PICK(F, n) \
+  ((n).surrogate == 0 ? PICK_RESET(F, 0, n) : (n).surrogate == 1 ? PICK_RESET(F, 1, n) \
+   : (n).surrogate == 2 ? PICK_RESET(F, 2, n) : (n).surrogate == 3 ? PICK_RESET(F, 3, n) \
+                                              : PICK_RESET(F, 4, n))
+#define PICK_RESET(F, KIND, n) \
+  ((n).hard ? ((n).detach ? F<KIND, true, true> : F<KIND, true, false>) \
+            : ((n).detach ? F<KIND, false, true> : F<KIND, false, false>))
+
+struct Grads {
+  const float *g, *g2, *mean, *rstd, *rmean, *rrstd;
+  float *gy, *grest, *dweight, *dbias, *drweight, *ddecay;
+};
+
+// What a walk back writes to, at an element of a tile: sums in double, of G, G (y - mean),
+// G (rest - rmean) and of the decay's gradient, G being the gradient of x.
+struct Totals {
+  double *g, *gx, *gr, *d;
+};
+
+// Where a segment begins, and what holds for it: a shift of each pointer of the whole.
+struct Segment {
+  const float *y, *rest, *g, *g2, *a, *b, *ra, *rb, *mu, *rmu;
+  int64_t stride_y, stride, stride_2, stride_to, length;
+  float *to, *sum;  // G of every timestep, and its sum over time where that is wanted
+  Totals totals;
+};
+
+// A segment through T timesteps and back, with all membranes in registers: caches hold few lines
+// that lie a power of two apart, as those of two timesteps often do.
+template <int KIND, Rest REST, int T>
+void back_T(const Neuron& n, const Segment& seg) {
+  const float decay = n.decay, gain = n.gain, th = n.v_th, p = n.shape, lowest = bar(n);
+  // Reset: v = v_pre - f (hard v_pre + soft); its derivative has the surrogate's part if it is let.
+  const float hard = n.hard ? 1.f : 0.f, soft = n.hard ? 0.f : n.drop;
+  const float through_v = n.detach ? 0.f : hard, through = n.detach ? 0.f : soft;
+  const float *__restrict y = seg.y, *__restrict r = seg.rest, *__restrict g = seg.g;
+  const float *__restrict g2 = seg.g2, *__restrict a = seg.a, *__restrict b = seg.b;
+  const float *__restrict ra = seg.ra, *__restrict rb = seg.rb, *__restrict mu = seg.mu;
+  const float* __restrict rmu = seg.rmu;
+  float *__restrict to = seg.to, *__restrict sum = seg.sum;
+  double *__restrict dg = seg.totals.g, *__restrict dx = seg.totals.gx;
+  double* __restrict dr = seg.totals.gr;
+  const int64_t sy = seg.stride_y, st = seg.stride, s2 = seg.stride_2, so = seg.stride_to;
+#pragma omp simd
+  for (int64_t i = 0; i < seg.length; ++i) {
+    float h[T], f[T], v = 0.f, gv = 0.f, sum_g = 0.f, sum_gx = 0.f, sum_gr = 0.f;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      float x = y[t * sy + i] * a[i] + b[i];
+      if (REST == PLAIN) x = x + r[t * st + i];
+      if (REST == NORMED) x = x + (r[t * st + i] * ra[i] + rb[i]);
+      h[t] = decay * v + gain * x;
+      f[t] = spike(h[t] - th, lowest);
+      v = h[t] - f[t] * (hard * h[t] + soft);
+    }
+#pragma GCC unroll 8
+    for (int t = T - 1; t >= 0; --t) {
+      const float d = slope<KIND>(h[t] - th, p);
+      const float keep = (1.f - hard * f[t]) - (through_v * h[t] + through) * d;
+      const float now = (g[t * st + i] + g2[t * s2 + i]) * d + gv * keep, x = gain * now;
+      gv = decay * now;
+      to[t * so + i] = x;
+      sum_g += x;
+      sum_gx += x * (y[t * sy + i] - mu[i]);
+      if (REST == NORMED) sum_gr += x * (r[t * st + i] - rmu[i]);
+    }
+    sum[i] = sum_g;
+    dg[i] += sum_g;
+    dx[i] += sum_gx;
+    if (REST == NORMED) dr[i] += sum_gr;
+  }
+}
+
+template <int KIND, Rest REST>
+constexpr auto back_for(int64_t T) {
+  return T == 2 ? back_T<KIND, REST, 2> : T == 4 ? back_T<KIND, REST, 4> : nullptr;
+}
+
+template <int KIND>
+constexpr auto back_for(Rest rest, int64_t T) {
+  return rest == NONE ? back_for<KIND, NONE>(T)
+         : rest == PLAIN ? back_for<KIND, PLAIN>(T)
+                         : back_for<KIND, NORMED>(T);
+}
+
+// The instance for a neuron and T, or null where there is none.
+auto back_for(const Neuron& n, Rest rest, int64_t T) {
+  return n.learn_decay        ? nullptr
+         : n.surrogate == 0 ? back_for<0>(rest, T)
+         : n.surrogate == 1 ? back_for<1>(rest, T)
+         : n.surrogate == 2 ? back_for<2>(rest, T)
+         : n.surrogate == 3 ? back_for<3>(rest, T)
+                            : back_for<4>(rest, T);
+}
+
+// One timestep back: the gradient gx of the input current, and sums of it.
 template <int KIND, bool HARD, bool DETACH>
 void back_(const Neuron& n, const float* __restrict h, const float* __restrict s,
-           const float* __restrict g, const float* __restrict y, const float* __restrict mu,
-           int64_t length, float* __restrict gv, float* __restrict gx, float* __restrict sum_g,
-           float* __restrict sum_gx) {
+           const float* __restrict g, const float* __restrict g2, const float* __restrict y,
+           const float* __restrict mu, int64_t length, float* __restrict gv, float* __restrict gx,
+           float* __restrict sum_g, float* __restrict sum_gx) {
   const float decay = n.decay, gain = n.gain, th = n.v_th, drop = n.drop, p = n.shape;
 #pragma omp simd
   for (int64_t i = 0; i < length; ++i) {
     const float d = slope<KIND>(h[i] - th, p);
-    const float now = g[i] * d + gv[i] * kept<HARD, DETACH>(h[i], s[i], d, drop);
+    const float now = (g[i] + g2[i]) * d + gv[i] * kept<HARD, DETACH>(h[i], s[i], d, drop);
     const float x = gain * now;
     gv[i] = decay * now;
     gx[i] = x;
@@ -189,6 +306,43 @@ void back_(const Neuron& n, const float* __restrict h, const float* __restrict s
     sum_gx[i] += x * (y[i] - mu[i]);
   }
 }
+
+// A segment back for any T, and for a learned decay.
+struct Walked {
+  std::vector<float> h, s, v;
+  explicit Walked(int64_t T) : h(T * WIDTH), s(T * WIDTH), v(T * WIDTH) {}
+
+  void back(const Input& in, const Neuron& n, const Scales& by, const Segment& seg, int64_t T,
+            int64_t offset, int64_t channel) {
+    const int64_t length = seg.length;
+    float gv[WIDTH] = {}, sum_gx[WIDTH] = {}, sum_gr[WIDTH] = {}, at[WIDTH] = {};
+    for (int64_t t = 0; t < T; ++t) {
+      step(in, n, by, t, offset, channel, length, at, &h[t * WIDTH], &s[t * WIDTH]);
+      std::copy(at, at + length, &v[t * WIDTH]);
+    }
+    std::fill(seg.sum, seg.sum + length, 0.f);
+    const auto one = PICK(back_, n);
+    for (int64_t t = T - 1; t >= 0; --t) {
+      const float* y = seg.y + t * seg.stride_y;
+      const float* r = seg.rest ? seg.rest + t * seg.stride : nullptr;
+      float* gx = seg.to + t * seg.stride_to;
+      one(n, &h[t * WIDTH], &s[t * WIDTH], seg.g + t * seg.stride, seg.g2 + t * seg.stride_2, y,
+          seg.mu, length, gv, gx, seg.sum, sum_gx);
+      for (int64_t i = 0; in.ra && i < length; ++i) sum_gr[i] += gx[i] * (r[i] - seg.rmu[i]);
+      for (int64_t i = 0; n.learn_decay && i < length; ++i) {
+        const float held = t > 0 ? v[(t - 1) * WIDTH + i] : 0.f;
+        float x = n.decay_input ? y[i] * seg.a[i] + seg.b[i] : 0.f;
+        if (n.decay_input && r) x = x + (r[i] * seg.ra[i] + seg.rb[i]);
+        seg.totals.d[i] += gx[i] / n.gain * (held + x);
+      }
+    }
+    for (int64_t i = 0; i < length; ++i) {
+      seg.totals.g[i] += seg.sum[i];
+      seg.totals.gx[i] += sum_gx[i];
+      seg.totals.gr[i] += sum_gr[i];
+    }
+  }
+};
 
 // One timestep of the time-means: rate, eligibility and drive; rho is the sensitivity of v_pre.
 template <int KIND, bool HARD, bool DETACH>
@@ -206,86 +360,72 @@ void means_(const Neuron& n, const float* __restrict h, const float* __restrict 
   }
 }
 
-// The instance for a neuron: loops know the surrogate and the reset when they are compiled.
-#define PICK(F, n) \
-  ((n).surrogate == 0 ? PICK_RESET(F, 0, n) : (n).surrogate == 1 ? PICK_RESET(F, 1, n) \
-   : (n).surrogate == 2 ? PICK_RESET(F, 2, n) : (n).surrogate == 3 ? PICK_RESET(F, 3, n) \
-                                              : PICK_RESET(F, 4, n))
-#define PICK_RESET(F, KIND, n) \
-  ((n).hard ? ((n).detach ? F<KIND, true, true> : F<KIND, true, false>) \
-            : ((n).detach ? F<KIND, false, true> : F<KIND, false, false>))
-
 void fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C, float* s,
           int64_t threads) {
   const Walk w(M, C);
-  const auto A = tiled(in.a, w, 1.f), B = tiled(in.b, w, 0.f);
+  const Scales by(in, w);
   parallel(threads, w.count, [&](int64_t, int64_t begin, int64_t end) {
     float v[WIDTH], h[WIDTH];
     int64_t offset, channel, length;
     for (int64_t seg = begin; seg < end; ++seg) {
       w.at(seg, offset, channel, length);
       std::fill(v, v + length, 0.f);
-      for (int64_t t = 0; t < T; ++t) {
-        step(in, n, t, offset, length, &A[channel], &B[channel], v, h,
-             s + t * in.stride + offset);
-      }
+      for (int64_t t = 0; t < T; ++t)
+        step(in, n, by, t, offset, channel, length, v, h, s + t * in.stride + offset);
     }
   });
 }
 
-struct Grads {
-  const float *g, *mean, *rstd;
-  float *gy, *grest, *dweight, *dbias, *ddecay;
+// Gradient of the scale of a normalisation, and what its statistics take off the gradient of z:
+// gz = a (G - k0 - (z - mean) k1), of sums of G and G (z - mean) over `count` values a channel.
+struct Share {
+  std::vector<float> k0, k1;
+  Share(const std::vector<double>& g, const std::vector<double>& gz, const float* rstd,
+        float* dweight, double count, const Walk& w) {
+    std::vector<float> zero(w.C), one(w.C);
+    for (int64_t c = 0; c < w.C; ++c) {
+      const double scaled = gz[c] * rstd[c];  // the sum of G zhat
+      dweight[c] = static_cast<float>(scaled);
+      zero[c] = count ? static_cast<float>(g[c] / count) : 0.f;
+      one[c] = count ? static_cast<float>(scaled * rstd[c] / count) : 0.f;
+    }
+    k0 = tiled(zero.data(), w, 0.f);
+    k1 = tiled(one.data(), w, 0.f);
+  }
 };
+
+void centre(const float* __restrict G, const float* __restrict z, const float* __restrict a,
+            const float* __restrict mu, const float* __restrict k0, const float* __restrict k1,
+            int64_t length, float* gz) {  // gz may be G
+#pragma omp simd
+  for (int64_t i = 0; i < length; ++i) gz[i] = a[i] * (G[i] - k0[i] - (z[i] - mu[i]) * k1[i]);
+}
 
 void backward(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C, const Grads& out,
               bool batch_stats, int64_t threads) {
   const Walk w(M, C);
   const bool once = in.stride_y == 0 && T > 1, learn = n.learn_decay;
-  const auto A = tiled(in.a, w, 1.f), B = tiled(in.b, w, 0.f);
-  const auto mean = tiled(out.mean, w, 0.f);
-  Sums sum_g(threads, w), sum_gx(threads, w), sum_d(threads, w);
+  const Scales by(in, w);
+  const auto mean = tiled(out.mean, w, 0.f), rmean = tiled(out.rmean, w, 0.f);
+  Sums sum_g(threads, w), sum_gx(threads, w), sum_gr(threads, w), sum_d(threads, w);
   // With a residual the input's gradient has a place of its own; else it waits where gy will stand.
   float* place = in.rest ? out.grest : once ? nullptr : out.gy;
-  const auto back = PICK(back_, n);
+  const auto back = back_for(n, kind_of(in), T);
   parallel(threads, w.count, [&](int64_t id, int64_t begin, int64_t end) {
-    std::vector<float> membranes(T * WIDTH), spikes(T * WIDTH), afters(learn ? T * WIDTH : 0);
-    float v[WIDTH], gv[WIDTH], total[WIDTH], gx[WIDTH], acc_g[WIDTH], acc_gx[WIDTH], acc_d[WIDTH];
+    Walked walked(back ? 0 : T);
+    std::vector<float> silent(WIDTH), unused(WIDTH), summed(WIDTH);
     int64_t offset, channel, length;
-    for (int64_t seg = begin; seg < end; ++seg) {
-      w.at(seg, offset, channel, length);
-      const float *a = &A[channel], *b = &B[channel], *mu = &mean[channel];
-      std::fill(v, v + length, 0.f);
-      for (int64_t t = 0; t < T; ++t) {
-        step(in, n, t, offset, length, a, b, v, &membranes[t * WIDTH], &spikes[t * WIDTH]);
-        if (learn) std::copy(v, v + length, &afters[t * WIDTH]);
-      }
-      for (float* zero : {gv, total, acc_g, acc_gx, acc_d}) std::fill(zero, zero + length, 0.f);
-      for (int64_t t = T - 1; t >= 0; --t) {
-        const float* y = in.y + t * in.stride_y + offset;
-        float* to = place ? place + t * in.stride + offset : gx;
-        back(n, &membranes[t * WIDTH], &spikes[t * WIDTH], out.g + t * in.stride + offset, y, mu,
-             length, gv, to, acc_g, acc_gx);
-        if (once)
-          for (int64_t i = 0; i < length; ++i) total[i] += to[i];
-        if (learn) {
-          const float* r = in.rest ? in.rest + t * in.stride + offset : nullptr;
-          for (int64_t i = 0; i < length; ++i) {
-            const float held = t > 0 ? afters[(t - 1) * WIDTH + i] : 0.f;
-            const float x = n.decay_input ? y[i] * a[i] + b[i] + (r ? r[i] : 0.f) : 0.f;
-            acc_d[i] += to[i] / n.gain * (held + x);
-          }
-        }
-      }
-      if (once) std::copy(total, total + length, out.gy + offset);
-      double *dg = sum_g.of(id) + channel, *dx = sum_gx.of(id) + channel;
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) {
-        dg[i] += acc_g[i];
-        dx[i] += acc_gx[i];
-      }
-      double* dd = sum_d.of(id) + channel;
-      for (int64_t i = 0; learn && i < length; ++i) dd[i] += acc_d[i];
+    for (int64_t i = begin; i < end; ++i) {
+      w.at(i, offset, channel, length);
+      const Totals totals{sum_g.of(id) + channel, sum_gx.of(id) + channel, sum_gr.of(id) + channel,
+                          sum_d.of(id) + channel};
+      const Segment seg{in.y + offset, in.rest ? in.rest + offset : nullptr, out.g + offset,
+                        out.g2 ? out.g2 + offset : silent.data(), &by.a[channel], &by.b[channel],
+                        &by.ra[channel], &by.rb[channel], &mean[channel], &rmean[channel],
+                        in.stride_y, in.stride, out.g2 ? in.stride : 0, place ? in.stride : 0,
+                        length, place ? place + offset : unused.data(),
+                        once ? out.gy + offset : summed.data(), totals};
+      back ? back(n, seg) : walked.back(in, n, by, seg, T, offset, channel);
     }
   });
   if (learn) {
@@ -294,30 +434,29 @@ void backward(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C,
     out.ddecay[0] = static_cast<float>(total);
   }
   if (!in.a) return;
-  const auto g = sum_g.folded(), gx = sum_gx.folded();
+  const auto g = sum_g.folded();
   const int64_t Ty = once ? 1 : T;
-  std::vector<float> k0(C), k1(C);  // gy = a (G - k0 - (y - mean) k1)
-  for (int64_t c = 0; c < C; ++c) {
-    const double scaled = gx[c] * out.rstd[c];  // the sum of gx xhat
-    out.dbias[c] = static_cast<float>(g[c]);
-    out.dweight[c] = static_cast<float>(scaled);
-    k0[c] = batch_stats ? static_cast<float>(g[c] / (Ty * M)) : 0.f;
-    k1[c] = batch_stats ? static_cast<float>(scaled * out.rstd[c] / (Ty * M)) : 0.f;
-  }
-  const auto K0 = tiled(k0.data(), w, 0.f), K1 = tiled(k1.data(), w, 0.f);
+  for (int64_t c = 0; c < C; ++c) out.dbias[c] = static_cast<float>(g[c]);
+  const Share of_y(g, sum_gx.folded(), out.rstd, out.dweight, batch_stats ? Ty * M : 0, w);
+  std::vector<double> none(C);
+  std::vector<float> unused(C);
+  const Share of_rest(g, in.ra ? sum_gr.folded() : none, in.ra ? out.rrstd : unused.data(),
+                      in.ra ? out.drweight : unused.data(), batch_stats ? T * M : 0, w);
   const float* from = in.rest && !once ? out.grest : out.gy;
   parallel(threads, w.count, [&](int64_t, int64_t begin, int64_t end) {
     int64_t offset, channel, length;
+    // From the end, which the pass above has left in the cache.
     for (int64_t seg = begin; seg < end; ++seg) {
       w.at(seg, offset, channel, length);
-      const float *a = &A[channel], *mu = &mean[channel];
-      const float *p0 = &K0[channel], *p1 = &K1[channel];
       for (int64_t t = 0; t < Ty; ++t) {
-        const float *y = in.y + t * in.stride_y + offset, *G = from + t * in.stride + offset;
-        float* gy = out.gy + t * in.stride + offset;
-#pragma omp simd
-        for (int64_t i = 0; i < length; ++i)
-          gy[i] = a[i] * (G[i] - p0[i] - (y[i] - mu[i]) * p1[i]);
+        const int64_t at = t * in.stride + offset;
+        centre(from + at, in.y + t * in.stride_y + offset, &by.a[channel], &mean[channel],
+               &of_y.k0[channel], &of_y.k1[channel], length, out.gy + at);
+      }
+      for (int64_t t = 0; in.ra && t < T; ++t) {
+        const int64_t at = t * in.stride + offset;
+        centre(out.grest + at, in.rest + at, &by.ra[channel], &rmean[channel],
+               &of_rest.k0[channel], &of_rest.k1[channel], length, out.grest + at);
       }
     }
   });
@@ -331,7 +470,7 @@ struct Rates {
 void rate_fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C, const Rates& out,
                int64_t threads) {
   const Walk w(M, C);
-  const auto A = tiled(in.a, w, 1.f), B = tiled(in.b, w, 0.f);
+  const Scales by(in, w);
   const auto mean = tiled(out.mean, w, 0.f), rstd = tiled(out.rstd, w, 1.f);
   const float share = 1.f / static_cast<float>(T);
   const auto means = PICK(means_, n);
@@ -344,7 +483,7 @@ void rate_fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C
       std::fill(rho, rho + length, n.gain);
       for (int64_t t = 0; t < T; ++t) {
         float* s = out.s + t * in.stride + offset;
-        step(in, n, t, offset, length, &A[channel], &B[channel], v, h, s);
+        step(in, n, by, t, offset, channel, length, v, h, s);
         means(n, h, s, in.y + t * in.stride_y + offset, length, rho, elig, rate, drive);
       }
       const float *mu = &mean[channel], *rs = &rstd[channel];
@@ -359,26 +498,32 @@ void rate_fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C
   });
 }
 
-}  // namespace
-
-extern "C" {
-
 // Biased variance and mean of every channel of y [N, C].
-void snn_stats(const float* y, int64_t N, int64_t C, float* mean, float* var, int64_t threads) {
+void moments(const float* y, int64_t N, int64_t C, float* mean, float* var, int64_t threads) {
   const Walk w(N, C);
   const auto shift = tiled(y, w, 0.f);  // the first row: keeps the squares small
   Sums sum(threads, w), squares(threads, w);
   parallel(threads, w.count, [&](int64_t id, int64_t begin, int64_t end) {
+    std::vector<float> few(2 * w.tile);
+    float *f = few.data(), *f2 = f + w.tile;
+    double *s = sum.of(id), *q = squares.of(id);
     int64_t offset, channel, length;
     for (int64_t seg = begin; seg < end; ++seg) {
       w.at(seg, offset, channel, length);
-      double *s = sum.of(id) + channel, *q = squares.of(id) + channel;
       const float *x = y + offset, *m = &shift[channel];
+      float *__restrict here = f + channel, *__restrict here2 = f2 + channel;
 #pragma omp simd
       for (int64_t i = 0; i < length; ++i) {
-        const double d = x[i] - m[i];
-        s[i] += d;
-        q[i] += d * d;
+        const float d = x[i] - m[i];
+        here[i] += d;
+        here2[i] += d * d;
+      }
+      if ((seg - begin) % (ROUNDS * w.parts) != ROUNDS * w.parts - 1 && seg + 1 < end) continue;
+#pragma omp simd
+      for (int64_t i = 0; i < w.tile; ++i) {
+        s[i] += f[i];
+        q[i] += f2[i];
+        f[i] = f2[i] = 0.f;
       }
     }
   });
@@ -390,18 +535,104 @@ void snn_stats(const float* y, int64_t N, int64_t C, float* mean, float* var, in
   }
 }
 
-void snn_fire(const float* y, const float* rest, const float* a, const float* b, int64_t stride_y,
-              const Neuron* n, int64_t T, int64_t M, int64_t C, float* s, int64_t threads) {
-  const Input in{y, rest, a, b, stride_y, M * C};
+struct Norm {
+  const float *weight, *bias;
+  float *mean, *var;  // running ones, or none
+  float eps, share;   // share of a batch in the running ones; 0 leaves them
+  int32_t batch_stats;
+};
+
+// Normalisation by a batch y [N, C], or by the running statistics: a, b, mean, rstd, each [C].
+void affine(const float* y, const Norm& norm, int64_t N, int64_t C, float* out, int64_t threads) {
+  float *a = out, *b = out + C, *mean = out + 2 * C, *rstd = out + 3 * C;
+  if (norm.batch_stats) {
+    moments(y, N, C, mean, rstd, threads);
+  } else {
+    std::copy(norm.mean, norm.mean + C, mean);
+    std::copy(norm.var, norm.var + C, rstd);
+  }
+  const float unbiased = static_cast<float>(static_cast<double>(N) / std::max<int64_t>(1, N - 1));
+  for (int64_t c = 0; c < C; ++c) {
+    if (norm.share != 0.f) {
+      norm.mean[c] += norm.share * (mean[c] - norm.mean[c]);
+      norm.var[c] += norm.share * (rstd[c] * unbiased - norm.var[c]);
+    }
+    rstd[c] = 1.f / std::sqrt(rstd[c] + norm.eps);
+    a[c] = norm.weight[c] * rstd[c];
+    b[c] = norm.bias[c] - a[c] * mean[c];
+  }
+}
+
+struct MeanGrads {
+  float *gc, *gz, *dweight, *dbias;
+};
+
+// Gradients of time-means [M, C]: gz of the normalised input, gc of the input itself.
+void rate_backward(const float* g, const float* elig, const float* xhat, const float* a, int64_t M,
+                   int64_t C, const MeanGrads& out, bool batch_stats, int64_t threads) {
+  const Walk w(M, C);
+  const auto A = tiled(a, w, 1.f), none = tiled(nullptr, w, 0.f);
+  Sums sum_g(threads, w), sum_gx(threads, w);
+  float* place = out.gz ? out.gz : out.gc;
+  parallel(threads, w.count, [&](int64_t id, int64_t begin, int64_t end) {
+    int64_t offset, channel, length;
+    for (int64_t seg = begin; seg < end; ++seg) {
+      w.at(seg, offset, channel, length);
+      const float *from = g + offset, *e = elig + offset, *x = (xhat ? xhat : elig) + offset;
+      double *__restrict s = sum_g.of(id) + channel, *__restrict q = sum_gx.of(id) + channel;
+      float* to = place + offset;
+#pragma omp simd
+      for (int64_t i = 0; i < length; ++i) {
+        const float z = from[i] * e[i];
+        to[i] = z;
+        s[i] += z;
+        q[i] += z * x[i];
+      }
+    }
+  });
+  if (!xhat) return;
+  const std::vector<float> one(C, 1.f);
+  const auto sums = sum_g.folded();
+  for (int64_t c = 0; c < C; ++c) out.dbias[c] = static_cast<float>(sums[c]);
+  const Share of(sums, sum_gx.folded(), one.data(), out.dweight, batch_stats ? M : 0, w);
+  parallel(threads, w.count, [&](int64_t, int64_t begin, int64_t end) {
+    int64_t offset, channel, length;
+    for (int64_t seg = begin; seg < end; ++seg) {
+      w.at(seg, offset, channel, length);
+      centre(place + offset, xhat + offset, &A[channel], &none[channel], &of.k0[channel],
+             &of.k1[channel], length, out.gc + offset);
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+void snn_stats(const float* y, int64_t N, int64_t C, float* mean, float* var, int64_t threads) {
+  moments(y, N, C, mean, var, threads);
+}
+
+void snn_affine(const float* y, const Norm* norm, int64_t N, int64_t C, float* out,
+                int64_t threads) {
+  affine(y, *norm, N, C, out, threads);
+}
+
+void snn_fire(const float* y, const float* rest, const float* a, const float* b, const float* ra,
+              const float* rb, int64_t stride_y, const Neuron* n, int64_t T, int64_t M, int64_t C,
+              float* s, int64_t threads) {
+  const Input in{y, rest, a, b, ra, rb, stride_y, M * C};
   fire(in, *n, T, M, C, s, threads);
 }
 
-void snn_backward(const float* g, const float* y, const float* rest, const float* a, const float* b,
-                  const float* mean, const float* rstd, int64_t stride_y, const Neuron* n, int64_t T,
-                  int64_t M, int64_t C, float* gy, float* grest, float* dweight, float* dbias,
-                  float* ddecay, int64_t batch_stats, int64_t threads) {
-  const Input in{y, rest, a, b, stride_y, M * C};
-  const Grads out{g, mean, rstd, gy, grest, dweight, dbias, ddecay};
+void snn_backward(const float* g, const float* g2, const float* y, const float* rest,
+                  const float* a, const float* b, const float* mean, const float* rstd,
+                  const float* ra, const float* rb, const float* rmean, const float* rrstd,
+                  int64_t stride_y, const Neuron* n, int64_t T, int64_t M, int64_t C, float* gy,
+                  float* grest, float* dweight, float* dbias, float* drweight, float* ddecay,
+                  int64_t batch_stats, int64_t threads) {
+  const Input in{y, rest, a, b, ra, rb, stride_y, M * C};
+  const Grads out{g, g2, mean, rstd, rmean, rrstd, gy, grest, dweight, dbias, drweight, ddecay};
   backward(in, *n, T, M, C, out, batch_stats != 0, threads);
 }
 
@@ -409,9 +640,16 @@ void snn_rate_fire(const float* y, const float* rest, const float* a, const floa
                    const float* mean, const float* rstd, int64_t stride_y, const Neuron* n,
                    int64_t T, int64_t M, int64_t C, float* s, float* rate, float* elig, float* xhat,
                    int64_t threads) {
-  const Input in{y, rest, a, b, stride_y, M * C};
+  const Input in{y, rest, a, b, nullptr, nullptr, stride_y, M * C};
   const Rates out{mean, rstd, s, rate, elig, xhat};
   rate_fire(in, *n, T, M, C, out, threads);
+}
+
+void snn_rate_backward(const float* g, const float* elig, const float* xhat, const float* a,
+                       int64_t M, int64_t C, float* gc, float* gz, float* dweight, float* dbias,
+                       int64_t batch_stats, int64_t threads) {
+  const MeanGrads out{gc, gz, dweight, dbias};
+  rate_backward(g, elig, xhat, a, M, C, out, batch_stats != 0, threads);
 }
 
 }  // extern "C"

@@ -23,6 +23,7 @@ from torch import Tensor
 from snnbench.neurons import LIF
 from snnbench.spec import digest
 
+complete = True  # every function of `fused`
 source = "C++ with OpenMP, one pass forward and one backward over all timesteps"
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -43,6 +44,16 @@ class _Neuron(ctypes.Structure):
         *((n, ctypes.c_int32) for n in ("hard", "detach", "strict")),
         *((n, ctypes.c_int32) for n in ("decay_input", "learn_decay", "surrogate")),
         ("shape", ctypes.c_float),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    """`Norm` of native.cpp."""
+
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("weight", "bias", "mean", "var")),
+        *((n, ctypes.c_float) for n in ("eps", "share")),
+        ("batch_stats", ctypes.c_int32),
     ]
 
 
@@ -118,6 +129,28 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def affine(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    share: float,
+    batch_stats: bool,
+) -> Tensor:
+    """a, b, mean and rstd of a normalisation by a batch y or by the running statistics, [4, C].
+
+    `share` of those of the batch goes into the running ones; all are fp32.
+    """
+    C = y.shape[-1]
+    out, wide, rows = torch.empty(4, C), _wide(y), y.numel() // C
+    norm = _Norm(*_pointers(weight, bias, *running), eps, share, batch_stats)
+    library().snn_affine(
+        wide.data_ptr(), ctypes.byref(norm), rows, C, out.data_ptr(), _threads(y.numel())
+    )
+    return out
+
+
 def fire(
     y: Tensor,
     a: Tensor | None,
@@ -126,13 +159,14 @@ def fire(
     decay: Tensor,
     neuron: LIF,
     T: int,
+    rest_affine: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> Tensor:
-    """Spikes [T, M, C], in the dtype of y."""
+    """Spikes [T, M, C], in the dtype of y; the rest may have a scale and a shift of its own."""
     M, C = y.shape[1:]
-    s, inputs = torch.empty(T, M, C), (_wide(y), _wide(rest), a, b)
+    s, inputs = torch.empty(T, M, C), (_wide(y), _wide(rest), a, b, *rest_affine)
     library().snn_fire(
         *_pointers(*inputs),
-        _stride(y), _struct(neuron, decay), T, M, C, *_pointers(s), _threads(s.numel()),
+        _stride(y), _struct(neuron, decay), T, M, C, s.data_ptr(), _threads(s.numel()),
     )  # fmt: skip
     return s.to(y.dtype)
 
@@ -149,20 +183,28 @@ def fire_backward(
     neuron: LIF,
     T: int,
     batch_stats: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of y, rest, weight, bias and decay for the spikes' gradient g [T, M, C]."""
+    g2: Tensor | None = None,
+    rest_constants: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of y, rest, weight, bias and decay for the spikes' gradient g [T, M, C].
+
+    g2 is added to g.  With the rest's own a, b, mean and rstd its weight's gradient comes last; its
+    bias has that of y's.
+    """
     M, C = y.shape[1:]
-    gy = torch.empty(y.shape)
+    gy, inputs = torch.empty(y.shape), (_wide(g), _wide(g2), _wide(y), _wide(rest))
     grest = None if rest is None else torch.empty(rest.shape)
     gweight, gbias = (None, None) if a is None else (torch.empty(C), torch.empty(C))
     gdecay = torch.empty(1) if neuron.learn_decay else None
-    inputs = (_wide(g), _wide(y), _wide(rest), a, b, mean, rstd)
+    grest_weight = None if rest_constants is None else torch.empty(C)
     library().snn_backward(
-        *_pointers(*inputs),
+        *_pointers(*inputs, a, b, mean, rstd, *(rest_constants or [None] * 4)),
         _stride(y), _struct(neuron, decay), T, M, C,
-        *_pointers(gy, grest, gweight, gbias, gdecay), batch_stats, _threads(g.numel()),
+        *_pointers(gy, grest, gweight, gbias, grest_weight, gdecay),
+        batch_stats, _threads(g.numel()),
     )  # fmt: skip
-    return gy.to(y.dtype), None if grest is None else grest.to(y.dtype), gweight, gbias, gdecay
+    grest = None if grest is None else grest.to(y.dtype)
+    return gy.to(y.dtype), grest, gweight, gbias, gdecay, grest_weight
 
 
 def rate_fire(
@@ -188,6 +230,21 @@ def rate_fire(
         *_pointers(s, rate, elig, xhat), _threads(s.numel()),
     )  # fmt: skip
     return s.to(y.dtype), rate.to(y.dtype), elig, xhat
+
+
+def rate_backward(
+    g: Tensor, elig: Tensor, xhat: Tensor | None, a: Tensor | None, rested: bool, batch_stats: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the mean input and the rest [M, C], of weight and bias, for that of the rate."""
+    M, C = elig.shape
+    gc, inputs = torch.empty(M, C), (_wide(g), elig, xhat, a)
+    gz = torch.empty(M, C) if rested and xhat is not None else None
+    gweight, gbias = (None, None) if xhat is None else (torch.empty(C), torch.empty(C))
+    library().snn_rate_backward(
+        *_pointers(*inputs), M, C, *_pointers(gc, gz, gweight, gbias), batch_stats,
+        _threads(gc.numel()),
+    )  # fmt: skip
+    return gc, gc if rested and gz is None else gz, gweight, gbias
 
 
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
@@ -222,9 +279,11 @@ def _declared(code: Any) -> Any:
     """Argument types of every function: p address, n integer."""
     for name, kinds in (
         ("stats", "pnnppn"),
-        ("fire", "ppppnpnnnpn"),
-        ("backward", "pppppppnpnnnpppppnn"),
+        ("affine", "ppnnpn"),
+        ("fire", "ppppppnpnnnpn"),
+        ("backward", "ppppppppppppnpnnnppppppnn"),
         ("rate_fire", "ppppppnpnnnppppn"),
+        ("rate_backward", "ppppnnppppnn"),
     ):
         function = getattr(code, f"snn_{name}")
         function.argtypes = [ctypes.c_void_p if k == "p" else ctypes.c_int64 for k in kinds]

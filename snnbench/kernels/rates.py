@@ -27,6 +27,31 @@ def linear(op: nn.Conv2d | nn.Linear, rate_B: Tensor, y_TB: Tensor, last: bool) 
     return c_B
 
 
+def refuse_second() -> None:
+    """Raise where a graph of the backward pass itself is asked for: it would lack terms."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a fused layer step has no second derivative; use the reference kernel for one"
+        )
+
+
+def cells(x_TB: Tensor) -> Tensor:
+    """[T, B, C, H, W] or [T, B, F] as contiguous [T, M, C]; a view if channels are last."""
+    if x_TB.dim() == 3:
+        return x_TB.contiguous()
+    x = x_TB.permute(0, 1, *range(3, x_TB.dim()), 2)
+    x = x if x.is_contiguous() else x.contiguous()
+    return x.view(len(x), -1, x.shape[-1])
+
+
+def uncells(x: Tensor, shape: torch.Size) -> Tensor:
+    """[T, M, C] as [T, *shape], a view; `shape` is [B, C, ...]."""
+    if len(shape) == 2:
+        return x
+    B, C, *sites = shape
+    return x.view(len(x), B, *sites, C).permute(0, 1, len(shape), *range(2, len(shape)))
+
+
 class _Linear(torch.autograd.Function):
     """Backward of a convolution or linear map, for a forward that was done elsewhere."""
 
@@ -40,6 +65,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second()
         rate_B, weight = ctx.saved_tensors
         (g_B,), op = grads, ctx.op
         to_input, to_weight = ctx.needs_input_grad[:2]
@@ -71,7 +97,10 @@ class Carry(torch.autograd.Function):
 
 
 class Step(torch.autograd.Function):
-    """The rate of a layer: gradient times eligibility, then the Jacobian of BatchNorm of means."""
+    """The rate of a layer: gradient times eligibility, then the Jacobian of BatchNorm of means.
+
+    `back` does so on arrays [M, C] (M batch x pixels), as `step_backward`.
+    """
 
     @staticmethod
     def forward(
@@ -81,36 +110,42 @@ class Step(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         found: Any,
+        back: Any,
     ) -> Tensor:
         """The rate, as found."""
-        ctx.normed, ctx.rested = weight is not None, rest_B is not None
+        ctx.back, ctx.rested = back, rest_B is not None
         ctx.dtypes = (c_B.dtype, None if rest_B is None else rest_B.dtype)
-        if weight is None:
-            ctx.save_for_backward(found.elig_B)
-        else:
-            affine = found.affine
-            ctx.batch_stats = affine.batch_stats
-            ctx.save_for_backward(found.elig_B, found.xhat_B, affine.a)
+        affine = found.affine
+        ctx.batch_stats = affine is not None and affine.batch_stats
+        a = None if affine is None else affine.a
+        ctx.save_for_backward(found.elig, found.xhat, a)
         rate_B: Tensor = found.rate_B
         return rate_B.view_as(rate_B)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of what `forward` was given."""
-        elig_B, *norm = ctx.saved_tensors
-        gz_B = grads[0] * elig_B
-        grest_B = gz_B.to(ctx.dtypes[1]) if ctx.rested else None
-        if not ctx.normed:
-            return gz_B.to(ctx.dtypes[0]), grest_B, None, None, None
-        xhat_B, a = norm
-        axes, count = (0, *range(2, xhat_B.dim())), xhat_B.numel() // xhat_B.shape[1]
-        gbias, gweight = gz_B.sum(axes), (gz_B * xhat_B).sum(axes)
-        shape = (1, -1, *(1 for _ in axes[1:]))
-        gc_B = gz_B
-        if ctx.batch_stats:
-            gc_B = gz_B - (gbias / count).view(shape) - xhat_B * (gweight / count).view(shape)
-        gc_B = (gc_B * a.view(shape)).to(ctx.dtypes[0])
-        return gc_B, grest_B, gweight, gbias, None
+        refuse_second()
+        (g_B,), (elig, xhat, a) = grads, ctx.saved_tensors
+        g = cells(g_B[None])[0]
+        gc, gz, gweight, gbias = ctx.back(g, elig, xhat, a, ctx.rested, ctx.batch_stats)
+        gc_B = uncells(gc[None], g_B.shape)[0].to(ctx.dtypes[0])
+        grest_B = None if gz is None else uncells(gz[None], g_B.shape)[0].to(ctx.dtypes[1])
+        return gc_B, grest_B, gweight, gbias, None, None
+
+
+def step_backward(
+    g: Tensor, elig: Tensor, xhat: Tensor | None, a: Tensor | None, rested: bool, batch_stats: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the mean input and the rest [M, C], of weight and bias, for that of the rate."""
+    gz = g * elig
+    gc, grest = gz, gz if rested else None
+    if xhat is None or a is None:
+        return gc, grest, None, None
+    gbias, gweight = gz.sum(0), (gz * xhat).sum(0)
+    if batch_stats:
+        gc = gc - gbias / len(gz) - xhat * (gweight / len(gz))
+    return gc * a, grest, gweight, gbias
 
 
 class MeanNorm(torch.autograd.Function):
@@ -138,6 +173,7 @@ class MeanNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of what `forward` was given."""
+        refuse_second()
         xhat_B, weight, scale = ctx.saved_tensors
         axes, g_B = (0, 2, 3), wide(grads[0])
         by_xhat = g_B * xhat_B

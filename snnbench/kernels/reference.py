@@ -32,6 +32,10 @@ class Reference:
         """Whether this kernel has a layer step of its own for these neurons in this dtype."""
         return False
 
+    def twin(self, x_TB: Tensor) -> Tensor:
+        """An input of several layers, as the second of them gets it."""
+        return x_TB
+
     def rate_of(self, x_TB: Tensor) -> Tensor:
         """The time-mean of an input."""
         return x_TB.mean(0)
@@ -48,12 +52,18 @@ class Reference:
         norm: nn.BatchNorm2d | None,
         rest_TB: Tensor | None,
         T: int,
+        rest_norm: nn.BatchNorm2d | None = None,
     ) -> Tensor:
-        """Spikes s_TB of a population at rest, fed with the normalised y_TB plus rest_TB."""
+        """Spikes s_TB of a population at rest, fed with the normalised y_TB plus rest_TB.
+
+        `rest_norm` normalises rest_TB before.
+        """
         self.steps["reference"] += 1
         c_TB = y_TB.expand(T, *y_TB.shape[1:])
         if norm is not None:
             c_TB = norm(c_TB.flatten(0, 1)).unflatten(0, c_TB.shape[:2])
+        if rest_norm is not None and rest_TB is not None:
+            rest_TB = rest_norm(rest_TB.flatten(0, 1)).unflatten(0, rest_TB.shape[:2])
         if rest_TB is not None:
             c_TB = c_TB + rest_TB
         return neuron.scan(c_TB)

@@ -153,7 +153,7 @@ class _Running:
         c_B = sum(c[1:], start=c[0])
         if self.layer.neuron is None:
             return c_B[None]
-        return straight_through(self.spikes / self.T, self.elig / self.T * c_B)[None]
+        return straight_through((self.spikes / self.T)[None], self.elig / self.T * c_B)
 
     def _rate_synapse(self, synapse: nn.Module, r_B: Tensor) -> Tensor:
         for part in parts_of(synapse):
@@ -168,7 +168,8 @@ class _Running:
 
 def straight_through(value_TB: Tensor, rate_B: Tensor) -> Tensor:
     """Value of `value_TB`; its time-mean has the gradient of `rate_B`."""
-    return value_TB + (rate_B - rate_B.detach()).to(value_TB.dtype)
+    out_TB: Tensor = rates.Carry.apply(value_TB, rate_B)
+    return out_TB
 
 
 @torch.no_grad()

@@ -77,15 +77,25 @@ class Layer(nn.Module):
             return self.current(*x_TB, apply=apply)
         (parts, norm), T = normed(self.synapses[0]), len(x_TB[0])
         y_TB = through(parts, frames(x_TB[0]), apply)
-        rest = [through(f, x, apply) for f, x in zip(self.synapses[1:], x_TB[1:], strict=True)]
-        rest_TB = sum(rest[1:], start=rest[0]) if rest else None
+        rest_TB, rest_norm = self._rest(x_TB[1:], apply)
         # A method's own way through the weights may round otherwise than the recipe would.
         if self.keeper is not None and apply is over_time and torch.is_grad_enabled():
             self.keeper.output(y_TB, lambda x: through(parts, x, over_time), frames(x_TB[0]))
-        s_TB = self.kernel.fire(self.neuron, y_TB, norm, rest_TB, T)
+        s_TB = self.kernel.fire(self.neuron, y_TB, norm, rest_TB, T, rest_norm)
         if self.keeper is not None and isinstance(self.physics, LIF):
             self.keeper.spikes(s_TB)
         return s_TB
+
+    def _rest(
+        self, x_TB: tuple[Tensor, ...], apply: Apply
+    ) -> tuple[Tensor | None, nn.BatchNorm2d | None]:
+        """What the synapses after the first add, and a BatchNorm that is still to be applied."""
+        inputs = [self.kernel.twin(x) for x in x_TB]
+        if len(inputs) == len(self.synapses) - 1 == 1:
+            parts, norm = normed(self.synapses[1])
+            return through(parts, inputs[0], apply), norm
+        rest = [through(f, x, apply) for f, x in zip(self.synapses[1:], inputs, strict=True)]
+        return (sum(rest[1:], start=rest[0]) if rest else None), None
 
     def current(self, *x_TB: Tensor, apply: Apply = over_time) -> Tensor:
         """Input current c_TB: one input per synapse."""
@@ -108,6 +118,8 @@ def normed(synapse: nn.Module) -> tuple[list[nn.Module], nn.BatchNorm2d | None]:
 def through(parts: nn.Module | list[nn.Module], x_TB: Tensor, apply: Apply) -> Tensor:
     """What the modules of a synapse make of its input."""
     for part in parts if isinstance(parts, list) else parts_of(parts):
+        if isinstance(part, nn.Identity):
+            continue
         weights = isinstance(part, nn.Conv2d | nn.Linear)
         x_TB = apply(part, x_TB) if weights else over_time(part, x_TB)
     return x_TB

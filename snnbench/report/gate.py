@@ -29,13 +29,13 @@ from snnbench.errors import ResultsError, UsageError
 from snnbench.report.markdown import escape, table
 from snnbench.spec import canonical, validate
 from snnbench.store import SuiteFolder
-from snnbench.tables import read_runs
+from snnbench.tables import TEXT_COLUMNS, read_runs
 
 SCHEMA = 1
 RATIO = "step_ratio"
 KEY = ("dataset", "model", "T", "kernel", "precision", "memory", "method", "method_config")
 # A miss is infinity by definition, and no fault.
-MAY_BE_INFINITE = "_to_target"
+MAY_BE_INFINITE = ("_to_target", "_to_target_s", "_to_target_j")
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def not_finite(folder: SuiteFolder) -> list[Check]:
                 if name is None or not isinstance(text, str) or name.endswith(MAY_BE_INFINITE):
                     continue
                 odd = text.strip().lower().lstrip("+-") in ("nan", "inf", "infinity")
-                if odd and name not in ("reason", "run_id"):
+                if odd and name not in TEXT_COLUMNS:
                     at = f" in epoch {row['epoch']}" if row.get("epoch") else ""
                     why = f"{name} is {text}{at}"
                     found.append(
@@ -359,11 +359,13 @@ def to_markdown(verdict: Verdict) -> str:
         lines += table(["cell", "figure", "baseline", "now", "limit", "why"], shown, right=False)
         lines += ["", f"and {len(failed) - 20} more"] if len(failed) > 20 else []
         lines.append("")
-    lines += ["| figure | cells | largest change | limit |", "| --- | ---: | ---: | --- |"]
-    for figure in dict.fromkeys(c.figure for c in verdict.checks if c.was is not None):
+    figures = dict.fromkeys(c.figure for c in verdict.checks if c.was is not None)
+    if figures:
+        lines += ["| figure | cells | largest change | limit |", "| --- | ---: | ---: | --- |"]
+    for figure in figures:
         mine = [c for c in verdict.checks if c.figure == figure]
         far = max((_change(c) for c in mine), key=abs, default=0.0)
-        lines.append(f"| {figure} | {len(mine)} | {_percent(far)} | {mine[0].limit} |")
+        lines.append(f"| {escape(figure)} | {len(mine)} | {_percent(far)} | {mine[0].limit} |")
     lines += ["", *(f"- {escape(note)}" for note in verdict.notes[:10])] if verdict.notes else []
     return "\n".join(lines) + "\n"
 

@@ -87,10 +87,10 @@ def _json(value: Any) -> Markup:
 
 def _figures(source: Source) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     drawn, missing = [], []
-    single = source.runs["T"].nunique() == 1
+    single = source.runs.groupby("method")["T"].nunique().max() == 1
     for name, shows in plots.SHOWS.items():
         if single and shows.endswith("against T"):
-            missing.append((name, "all runs have the same T"))
+            missing.append((name, "no method was run at two values of T"))
             continue
         try:
             svg = Markup(plots.inline(source, name))

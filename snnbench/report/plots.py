@@ -125,7 +125,8 @@ def pareto(column: str, name: str, scale: float) -> Callable[[Source], Any]:
         more = f" (the first {MOST_PANELS} of {len(rooms)})" if len(rooms) > MOST_PANELS else ""
         shown = list(rooms.items())[:MOST_PANELS]
         figure, axes = canvas.grid(
-            len(shown), f"{source.title}: 95% intervals; grey is the Pareto front{more}"
+            len(shown),
+            f"{source.title}: 95% intervals, T rising to the label; grey is the Pareto front{more}",
         )
         for axis, (title, members) in zip(axes, shown, strict=True):
             points = []
@@ -160,9 +161,8 @@ def _trail(
     axis.errorbar(xs, ys, up, across, label=cells[0].label,
                   **{**canvas.style(look), "linewidth": 0.8, "elinewidth": 0.5})  # fmt: skip
     if len(cells) > 1:
-        for i in (0, -1):
-            axis.annotate(f"T={cells[i].conditions['T']}", at[i], xytext=(5, 3), fontsize=6,
-                          textcoords="offset points")  # fmt: skip
+        axis.annotate(f"T={cells[-1].conditions['T']}", at[-1], xytext=(5, 3), fontsize=6,
+                      textcoords="offset points")  # fmt: skip
     return at
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +13,11 @@ import pandas as pd
 
 from snnbench.errors import ResultsError, UsageError
 from snnbench.spec import did_you_mean
-from snnbench.store import RunFolder, SuiteFolder
+from snnbench.store import RunFolder, SuiteFolder, suite_folders
 from snnbench.tables import TEXT_COLUMNS, read_runs
 
+SPEC_COLUMNS = ("dataset", "model", "method", "method_config", "T", "seed", "kernel", "precision",
+                "memory", "kind")  # fmt: skip
 EMPTY = pd.DataFrame({"run_id": pd.Series(dtype="string")})
 
 
@@ -121,6 +124,33 @@ def fitting(runs: pd.DataFrame, where: Mapping[str, Sequence[str]]) -> pd.DataFr
             )
         runs = runs[[_fits(value, values) for value in runs[column]]]
     return runs
+
+
+def find_row(results: Path, run_id: str) -> tuple[SuiteFolder, dict[str, Any]] | None:
+    """What the tables know of a run of that id, or of the only id that begins so."""
+    fitting_rows = []
+    for folder in suite_folders(results):
+        runs = read_runs(folder)
+        for _, row in runs[runs["run_id"].str.startswith(run_id)].iterrows():
+            fitting_rows.append((folder, row))
+    exact = [(f, r) for f, r in fitting_rows if r["run_id"] == run_id]
+    if len(exact or fitting_rows) != 1:
+        return None
+    folder, row = (exact or fitting_rows)[0]
+    known = {str(k): v for k, v in row.dropna().items()}
+    known |= {k: v.item() for k, v in known.items() if hasattr(v, "item")}
+    spec = {k: known.pop(k) for k in SPEC_COLUMNS if k in known}
+    settings = json.loads(str(known.pop("settings", "{}")))
+    spec |= {f"{k}_options" if k in spec else k: v for k, v in settings.items()}
+    epochs = read([folder], {"run_id": [str(row["run_id"])]}).epochs
+    return folder, {
+        "run_id": row["run_id"],
+        "folder": str(folder.path),
+        "status": row["status"],
+        "spec": spec,
+        "result": known,
+        "epochs": epochs.drop(columns=["results", "run_id"]).dropna(axis=1).to_dict("records"),
+    }
 
 
 def parse_where(rules: Iterable[str]) -> dict[str, list[str]]:

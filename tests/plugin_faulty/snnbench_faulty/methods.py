@@ -46,11 +46,18 @@ class Exits(Method):
 class Hangs(Method):
     """Never comes back, and minds no signal that Python handles."""
 
+    @dataclass(frozen=True)
+    class Config:
+        """`after` is the share of the training that goes well; below 0 not even the probe does."""
+
+        after: float = 0.3
+
     source = "nowhere"
 
     def loss(self, logits_TBK, target, progress):
-        while True:
+        while progress > self.config.after:
             time.sleep(3600)
+        return super().loss(logits_TBK, target, progress)
 
 
 class Chatty(Method):
