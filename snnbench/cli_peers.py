@@ -31,6 +31,7 @@ def peers(
     """Time the same network in other libraries and in ours, side by side."""
     from snnbench import console
     from snnbench.peers import bench, tables
+    from snnbench.peers.results import unsuccessful
 
     settings = bench.Settings(
         nets=tuple(net or bench.NETS), rounds=rounds, steps=steps, T=T, batch=batch,
@@ -48,5 +49,5 @@ def peers(
             if doubt := tables.warning(result):
                 console.say(f"warning: {doubt}")
         console.hint(f"read {output / 'report.md'}")
-    if any(row.status == "failed" for result in results for row in result.rows):
+    if unsuccessful(results):
         raise typer.Exit(ExitCode.RUNS_FAILED)

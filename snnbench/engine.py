@@ -107,12 +107,19 @@ class Engine:
         """The scale as it stands; None where there is none. Waits for the device."""
         return None if self.scaler is None else self.scaler.get_scale()
 
+    @property
+    def fallback(self) -> str | None:
+        """Why the chosen kernel took none, or not all, of the steps so far; None if it did."""
+        name = self.choice.name
+        if name == "reference" or self.paths == {name}:
+            return None
+        return f"{name}: this method, or its neuron, takes its steps in plain torch"
+
     def describe(self) -> dict[str, Any]:
         """What was done in the end, for the record."""
         fallbacks, scale = list(self.choice.passed_over), self.loss_scale
-        name = self.choice.name
-        if name != "reference" and self.paths != {name}:
-            fallbacks.append(f"{name}: this method, or its neuron, takes its steps in plain torch")
+        if self.fallback is not None:
+            fallbacks.append(self.fallback)
         return {
             "kernel_path": "+".join(sorted(self.paths)) or "reference",
             "kernel_fallbacks": fallbacks,

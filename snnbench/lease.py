@@ -92,7 +92,7 @@ class Watch:
     """What one process has seen of the leases of others, by its own steady clock."""
 
     clock: Callable[[], float] = time.monotonic
-    _seen: dict[Path, tuple[bytes, float]] = field(default_factory=dict)
+    _seen: dict[Path, tuple[bytes | None, float]] = field(default_factory=dict)
 
     def expired(self, file: Path) -> bool:
         """Whether the lease in this file is over: given back, its process gone, or too long
@@ -105,7 +105,7 @@ class Watch:
         except OSError as error:
             raise storage_error(file, error) from error
         now = self.clock()
-        before, since = self._seen.get(file, (b"", now))
+        before, since = self._seen.get(file, (None, now))
         if before != text:
             self._seen[file] = (text, now)
             since = now

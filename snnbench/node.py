@@ -57,7 +57,7 @@ class Task:
             while not attempt.poll():
                 local.wait([attempt.handle], LOOK_S)
                 if asked.number is not None or asked.end:
-                    attempt.stop("the cluster wants its node back")
+                    attempt.stop("asked to stop by Slurm")
                 wanted = cancel.asked()
                 if None in wanted or run.run_id in wanted:
                     attempt.stop("cancelled", GRACE_S)

@@ -99,7 +99,7 @@ class Choice:
 def specs_of(name: str, settings: Sequence[str] = ()) -> tuple[Suite, list[RunSpec]]:
     """The suite and its runs; raises SuiteError with one line per mistake."""
     suite = load(name, settings)
-    return suite, expand(suite, _options(suite, name))
+    return suite, expand(suite, options_of(suite, name))
 
 
 def make_plan(
@@ -128,7 +128,7 @@ def make_plan(
     return Plan(suite, folder, runs)
 
 
-def _options(suite: Suite, name: str) -> Options:
+def options_of(suite: Suite, name: str) -> Options:
     """Options of all components, validated by them in a worker, or remembered from last time."""
     request: dict[str, Any] = {
         "datasets": list(dict.fromkeys(suite.axes.dataset)),

@@ -26,42 +26,32 @@ FILES = {
 
 # The first pattern that fits counts.
 ROWS = [
-    (0, ["__init__", "errors", "allocator", "peers"]),
-    (1, ["spec", "stats", "neurons", "machine", "peers.results"]),
+    (0, ["__init__", "errors", "allocator", "peers", "policy"]),
+    (0.5, ["publish", "isolated"]),
+    (1, ["spec", "stats", "neurons", "machine", "peers.results", "group", "lease", "team"]),
     (2, ["registry", "suite", "store", "kernels", "kernels.*"]),
     (2.5, ["models.layer"]),
-    (
-        3,
-        [
-            "models",
-            "models.*",
-            "methods",
-            "methods.*",
-            "data",
-            "data.*",
-            "measure",
-            "measure.*",
-            "recipe",
-            "peers.libraries",
-        ],
-    ),
+    (2.7, ["models", "models.*", "methods", "methods.*", "data", "data.*", "recipe"]),
+    (3, ["measure.nvml"]),
+    (3.2, ["measure", "measure.*", "peers.libraries"]),
     (3.5, ["engine"]),
-    (4, ["train"]),
-    (5, ["worker", "executors", "executors.*", "tables", "peers.tables", "peers.contestants"]),
-    (
-        6,
-        [
-            "runner",
-            "report",
-            "report.*",
-            "console",
-            "scaffold",
-            "planner",
-            "peers.bench",
-            "peers.child",
-        ],
-    ),
-    (7, ["cli", "cli_data", "cli_peers"]),
+    (3.6, ["checkpoint", "job"]),
+    (3.7, ["evaluate", "doctor"]),
+    (4, ["train", "cost", "build"]),
+    (5, ["worker", "executors.base", "tables", "peers.tables", "peers.contestants", "progress"]),
+    (5.1, ["executors", "executors.local", "executors.queue", "collect"]),
+    (5.2, ["executors.slurm", "summary", "planner", "attempt", "stopping"]),
+    (5.4, ["report.columns", "report.source", "report.canvas", "overview"]),
+    (5.6, ["report.findings", "report.published", "node"]),
+    (5.8, ["report.content"]),
+    (5.9, ["report.data", "report.markdown", "report.latex", "report.plots", "report.compare"]),
+    (6, ["runner", "report", "report.*", "console", "scaffold", "peers.bench", "peers.child"]),
+    (6.2, ["report.html", "report.export", "report.gate"]),
+    (7, ["cli_data"]),
+    (7.1, ["cli_run", "cli_peers"]),
+    (7.2, ["cli_report", "cli_doctor"]),
+    (7.4, ["cli_judge"]),
+    (7.6, ["cli"]),
     (8, ["__main__"]),
 ]
 # Within one row; everything else sideways is an error.
@@ -74,19 +64,18 @@ SIDEWAYS = {
     ("measure.gradients", "methods.base"),
     *((m, "methods.base") for m in FILES if m.startswith("methods.")),
     *((m, "data.base") for m in FILES if m.startswith("data.")),
-    ("cli", "cli_data"),
-    ("cli", "cli_peers"),
-    ("cli_peers", "cli_data"),
     ("kernels.triton", "kernels.triton_code"),
     *(
         (f"data.{a}", f"data.{b}")
         for a, bs in {
             "bench": "augment vision",
             "digits": "splits",
-            "events": "augment fetch prepared splits",
-            "folders": "augment fetch mix prepared splits",
-            "imagenet": "fetch folders mix prepared splits",
-            "recordings": "events fetch splits",
+            "events": "augment prepared splits",
+            "folders": "augment fetch mix official prepared splits",
+            "imagenet": "fetch folders mix official prepared splits",
+            "official": "fetch",
+            "prepared": "fetch splits",
+            "recordings": "events fetch official splits",
             "simulated": "digits events",
             "vision": "augment fetch mix splits",
         }.items()
@@ -96,13 +85,13 @@ SIDEWAYS = {
 }
 TORCH_FREE = [
     "errors", "spec", "suite", "registry", "store", "runner", "executors", "executors.*", "tables",
-    "stats", "report", "report.*", "console", "cli", "cli_data", "cli_peers", "planner",
-    "peers", "peers.bench", "peers.results", "peers.tables",
+    "stats", "report", "report.*", "console", "cli", "cli_*", "planner", "attempt", "collect",
+    "lease", "node", "overview", "policy", "progress", "publish", "stopping", "summary", "peers", "peers.bench", "peers.results", "peers.tables",
 ]  # fmt: skip
-METHOD_SEES = {"neurons", "models.layer", "methods.base"}
+METHOD_SEES = {"neurons", "models.layer", "methods.base", "group", "kernels.rates"}
 NOT_A_METHOD = {"methods", "methods.base", "methods.contract", "methods.compose"}
 DOORS = {
-    "typer": ["cli", "cli_data", "cli_peers"],
+    "typer": ["cli", "cli_*"],
     "click": ["cli"],
     "rich": ["console"],
     "tomllib": ["suite"],
@@ -110,15 +99,18 @@ DOORS = {
     "filelock": ["store", "data.fetch", "data.prepared"],
     "torchvision": ["data.vision", "data.augment", "data.bench", "data.folders", "data.imagenet"],
     "sklearn": ["data.digits"],
-    "pandas": ["tables", "report.*", "peers.tables"],
+    "pandas": ["tables", "summary", "report.*", "peers.tables"],
     "scipy": ["stats", "measure.*"],
     "platformdirs": ["planner", "cli_data", "kernels.native"],
-    "submitit": ["executors.slurm"],
+    "submitit": ["executors.slurm", "node"],
     "tonic": ["data.events", "data.recordings"],
     "h5py": ["data.recordings"],
-    "matplotlib": ["report.plots"],
-    "multiprocessing": ["executors.local"],
-    "subprocess": ["kernels.native", "peers.bench"],
+    "matplotlib": ["report.canvas"],
+    "jinja2": ["report.html"],
+    "markupsafe": ["report.html"],
+    "pynvml": ["measure.nvml"],
+    "multiprocessing": ["executors.local", "isolated", "team"],
+    "subprocess": ["executors.queue", "kernels.native", "peers.bench", "report.compare"],
     "triton": ["kernels.triton_code", "kernels.triton"],
 }
 LINES, METHOD_LINES = 425, 240

@@ -112,18 +112,22 @@ def kill_at_random(bench: Bench, suite: Path, results: Path) -> Happened:
     """Worker, command, or both are killed at twenty random moments; the command is given again."""
     folder, rng = results / "tiny", random.Random(1)
     command = ("run", suite, "--results", results, "--set", "run.retries=99")
-    moments = ["worker"] * 16 + ["command"] * 2 + ["both"] * 2
+    moments = ["worker"] * 12 + ["late worker"] * 4 + ["late command"] * 2 + ["late both"] * 2
     rng.shuffle(moments)
     process, dead = bench.start(*command, guest=True), set[int]()
     for whom in moments:
         until(lambda p=process, d=dead: p.poll() is not None or set(started(folder)) - d, "a run")
-        # Before the first epoch, or so late that the run comes further than the last time.
-        time.sleep(rng.choice([rng.uniform(0, 0.3), rng.uniform(0.5, 1.2)]))
-        if whom != "command":
+        # At any step of its beginning, or after some epochs.
+        time.sleep(rng.uniform(0, 0.7))
+        if "late" in whom:
+            more = epochs(folder) + rng.randint(1, 4)
+            until(lambda m=more, p=process: p.poll() is not None or epochs(folder) >= m, "epochs")
+            time.sleep(rng.uniform(0, 0.1))
+        if "command" not in whom:
             for pid in set(started(folder)) - dead:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        if whom != "worker":
+        if "worker" not in whom:
             process.kill()
             bench.wait(process)
         if process.poll() is not None:
@@ -243,7 +247,7 @@ def test_kills_at_twenty_random_moments_change_nothing(scenarios, undisturbed):
     assert errors(happened.before) == []
     assert cells(happened.folder) == cells(undisturbed.folder)
     resumed = [e["epoch"] for e in events(happened.folder) if e["event"] == "resume"]
-    assert len(resumed) >= 5  # not merely started afresh
+    assert len(resumed) >= 4  # not merely started afresh
     for file in happened.folder.glob("runs/*/result.json"):
         assert file.parent.name in {row["run_id"] for row in rows(happened.folder)}
     assert len(rows(happened.folder)) == 4  # nothing is counted twice
@@ -290,7 +294,7 @@ def test_a_clock_that_jumps_changes_nothing(scenarios, undisturbed):
     assert cells(happened.folder) == cells(undisturbed.folder)
     assert len(started(happened.folder)) == 4
     times = [e["time"] for e in events(happened.folder) if e["event"] == "start"]
-    assert max(times) - min(times) > 86400  # it did jump
+    assert max(abs(then - time.time()) for then in times) > 86400  # it did jump
 
 
 # --- Ctrl-C and SIGTERM -------------------------------------------------------------------------
@@ -306,9 +310,11 @@ class UnderWay:
 
 @pytest.fixture(scope="module")
 def under_way(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, UnderWay]:
-    """Four of them, begun at the same time."""
+    """Some of them, begun at the same time."""
     slow, hangs = ["bptt", "steady\ndelay_s = 0.5"], ["bptt", "hangs"]
-    suites = {"ctrl_c": slow, "sigterm": slow, "twice": hangs, "grace": hangs}
+    suites = {
+        "ctrl_c": slow, "sigterm": slow, "sigterm_to_all": slow, "twice": hangs, "grace": hangs,
+    }  # fmt: skip
     begun = {}
     for name, methods in suites.items():
         root = tmp_path_factory.mktemp(name)
@@ -325,6 +331,7 @@ def under_way(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     [
         ("ctrl_c", lambda process: os.killpg(process.pid, signal.SIGINT)),
         ("sigterm", lambda process: process.terminate()),
+        ("sigterm_to_all", lambda process: os.killpg(process.pid, signal.SIGTERM)),
     ],
 )
 def test_an_interrupted_suite_ends_cleanly_and_keeps_what_is_done(bench, under_way, name, send):

@@ -7,6 +7,7 @@ next layer, and everything after it.
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 import os
@@ -21,19 +22,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import make_job
 from torch import nn
 
 from snnbench import engine, registry
-from snnbench.kernels import choice, compiled, native, saved
+from snnbench.errors import DivergedError
+from snnbench.kernels import choice, compiled, native, rates, saved
 from snnbench.kernels.choice import choose
 from snnbench.kernels.fused import Kernel, cells, uncells
 from snnbench.kernels.reference import Reference
 from snnbench.methods import contract
+from snnbench.methods.bptt import BPTT
 from snnbench.methods.rate import Rate, spikes_and_eligibility
+from snnbench.models.convnet import ConvNet
 from snnbench.models.layer import Layer, TdBatchNorm2d
 from snnbench.models.resnet import ResNet18, SEWResNet18
 from snnbench.models.vgg import VGG11
-from snnbench.neurons import LIF, SURROGATES, ATan, Sigmoid, Triangle
+from snnbench.neurons import LIF, SURROGATES, ATan, Sigmoid
+from snnbench.train import train
 
 CPU = torch.device("cpu")
 EPS = 1e-4  # |v_pre - v_th| below which rounding may decide
@@ -304,6 +310,183 @@ def test_cells_and_back():
     assert cells(torch.randn(2, 3, 4)).shape == (2, 3, 4)
 
 
+# --- two synapses, two users, and what is asked of a backend that is complete ------------------
+
+
+class Plain:
+    """The native backend without what only it can do."""
+
+    complete = False
+    stats, fire = staticmethod(native.stats), staticmethod(native.fire)
+    fire_backward = staticmethod(native.fire_backward)
+    rate_fire = staticmethod(native.rate_fire)
+
+
+KERNELS = {"complete": native, "plain": Plain}
+
+
+def make_joined(T, C, side, static, training, scale):
+    """A layer that normalises both of its inputs."""
+    norms = [TdBatchNorm2d(C, scale) for _ in range(2)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, 0.1, 0.5)
+        norm.running_mean.uniform_(-0.5, 0.5)
+        norm.running_var.uniform_(0.5, 2)
+    layer = Layer(
+        *(nn.Sequential(nn.Identity(), norm) for norm in norms),
+        neuron=LIF(0.7, 0.8, "hard", surrogate=Sigmoid()),
+    )
+    shape = (3, C, side, side)
+    x = torch.randn(shape).expand(T, *shape) if static else torch.randn(T, *shape)
+    return layer.train(training), [x, torch.randn(T, *shape)], torch.randn(T, *shape)
+
+
+@needs_native
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(
+    ("T", "C", "side", "static", "scale"),
+    [(4, 16, 4, False, 1.0), (2, 5, 3, False, 0.7), (5, 300, 3, False, 1.0), (4, 7, 4, True, 0.7)],
+)
+def test_both_normalised_inputs_of_a_layer_against_float64(
+    T, C, side, static, scale, backend, training
+):
+    torch.manual_seed(0)
+    layer, x_TB, g_TB = make_joined(T, C, side, static, training, scale)
+    near = (margins(layer, x_TB) < EPS).any(0)
+    expected_s, expected = outcome(layer, x_TB, g_TB * ~near, torch.float64)
+    layer.kernel = Kernel(backend, KERNELS[backend])
+    got_s, got = outcome(layer, x_TB, g_TB * ~near, torch.float32)
+    assert torch.equal(got_s[:, ~near], expected_s[:, ~near])
+    assert got.keys() == expected.keys()
+    assert layer.kernel.steps == {backend: 1}
+    for name, grad in expected.items():
+        difference = (got[name] - grad).norm() / grad.norm().clamp_min(1e-3)
+        assert difference < 2e-5, (name, float(difference))
+
+
+@needs_native
+@pytest.mark.parametrize("neuron", [LIF(), LIF(learn_decay=True), LIF(0.6, reset="hard")])
+@pytest.mark.parametrize("T", [3, 4])
+def test_the_gradients_of_two_users_are_added_in_the_layer_step(T, neuron):
+    """The same bits as where autograd adds them, and no sum of whole spike trains."""
+    torch.manual_seed(0)
+    layers = [Layer(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), neuron=neuron)]
+    layers += [copy.deepcopy(layers[0])]
+    layers += [Layer(copy.deepcopy(layers[0].synapses[0]), nn.Identity(), neuron=neuron)]
+    net = nn.ModuleList(layers).to(memory_format=torch.channels_last)
+    x_TB, found = torch.randn(T, 2, 4, 6, 6), {}
+    for name, backend in KERNELS.items():
+        net.zero_grad(set_to_none=True)
+        for layer in net:
+            layer.kernel = Kernel(name, backend)
+        if name == "complete":
+            for layer in net[1:]:
+                layer.kernel = net[0].kernel
+        s_TB = net[0](x_TB)
+        with torch.profiler.profile() as seen:
+            (net[2](net[1](s_TB), s_TB) * x_TB).sum().backward()
+        sums = sum(e.count for e in seen.key_averages() if e.key == "aten::add")
+        found[name] = [p.grad for p in net.parameters()], sums
+    (grads, sums), (plain, plain_sums) = found["complete"], found["plain"]
+    assert all((a - b).norm() <= 1e-6 * b.norm() + 1e-7 for a, b in zip(grads, plain, strict=True))
+    assert sums < plain_sums
+
+
+@needs_native
+def test_spikes_nobody_uses_and_one_user_alone():
+    layer = Layer(nn.Sequential(nn.Identity(), nn.BatchNorm2d(3)), neuron=LIF())
+    layer.kernel = Kernel("native", native)
+    x_TB = torch.randn(4, 2, 3, 5, 5, requires_grad=True)
+    s_TB = layer(x_TB)
+    twin_TB = layer.kernel.twin(s_TB)
+    assert twin_TB.data_ptr() == s_TB.data_ptr()
+    assert layer.kernel.twin(x_TB) is x_TB
+    (one,) = torch.autograd.grad(s_TB.sum(), x_TB, retain_graph=True)
+    (other,) = torch.autograd.grad(twin_TB.sum(), x_TB, retain_graph=True)
+    (half,) = torch.autograd.grad((s_TB + twin_TB).sum() / 2, x_TB)
+    assert one.abs().max() > 0
+    assert torch.equal(one, other)
+    torch.testing.assert_close(half, one)
+    with torch.no_grad():
+        quiet_TB = layer(x_TB)
+    assert layer.kernel.twin(quiet_TB) is quiet_TB
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, {"momentum": 0.7, "eps": 0.1}, {"affine": False},
+     {"track_running_stats": False}],
+    ids=str,
+)  # fmt: skip
+def test_running_statistics_are_those_of_torch(options):
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(5, **options) for _ in range(2)]
+    layer = Layer(nn.Sequential(nn.Identity(), norms[0]), neuron=LIF())
+    layer.kernel = Kernel("native", native)
+    for training in (True, True, False):
+        norms[0].train(training), norms[1].train(training)
+        x_TB = 3 + torch.randn(2, 3, 5, 4, 4)
+        expected_TB = LIF().scan(norms[1](x_TB.flatten(0, 1)).unflatten(0, (2, 3)))
+        assert torch.equal(layer(x_TB), expected_TB)
+    for name, expected in norms[1].state_dict().items():
+        torch.testing.assert_close(norms[0].state_dict()[name], expected, msg=name)
+
+
+@needs_native
+@pytest.mark.parametrize("training", [True, False])
+def test_a_normalisation_in_half_precision(training):
+    """Its parameters may be of any dtype; the gradients come back in it."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4).bfloat16().train(training)
+    layer = Layer(nn.Sequential(nn.Identity(), norm), neuron=LIF())
+    layer.kernel = Kernel("native", native)
+    x_TB = torch.randn(3, 2, 4, 5, 5)
+    layer(x_TB).sum().backward()
+    wide = copy.deepcopy(layer).float()
+    wide.zero_grad()
+    wide(x_TB).sum().backward()
+    assert norm.weight.grad.dtype == torch.bfloat16
+    got, expected = norm.weight.grad.float(), wide.synapses[0][1].weight.grad
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+
+
+@needs_native
+@pytest.mark.parametrize("C", [3, 64, 300])
+@pytest.mark.parametrize("batch_stats", [True, False])
+@pytest.mark.parametrize("rested", [True, False])
+@pytest.mark.parametrize("normed", [True, False])
+def test_gradients_through_time_means_against_torch(C, batch_stats, rested, normed):
+    torch.manual_seed(0)
+    g, elig, xhat = torch.randn(3, 90, C)
+    given = (xhat, torch.rand(C) + 0.5) if normed else (None, None)
+    found = native.rate_backward(g, elig, *given, rested, batch_stats)
+    expected = rates.step_backward(g, elig, *given, rested, batch_stats)
+    for got, want in zip(found, expected, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("method", ["bptt", "rate"])
+def test_a_second_derivative_is_refused(method):
+    """It would lack terms, without a word."""
+    layer = Layer(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), neuron=LIF())
+    layer.kernel = Kernel("native", native)
+    x_TB = torch.randn(4, 2, 2, 6, 6, requires_grad=True)
+    s_TB = layer(x_TB) if method == "bptt" else Rate().run(layer, x_TB)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(s_TB.sum(), x_TB, create_graph=True)
+    c_B = torch.randn(2, 3, 4, 4, requires_grad=True)
+    mean, var = torch.zeros(2, 1, 3, 1, 1)
+    out_B = rates.MeanNorm.apply(c_B, torch.ones(3), torch.zeros(3), mean, var, 1e-5)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out_B.sum(), c_B, create_graph=True)
+
+
 # --- the rate-based step ----------------------------------------------------------------------
 
 
@@ -437,7 +620,6 @@ def test_bits_come_back_as_they_went(n, seed):
 def bytes_per_neuron_step(memory, method=None, dtype=None, width=0.25):
     """Bytes kept for backward of VGG-11, T = 4, B = 32, over its neurons x timesteps."""
     from snnbench.measure.memory import saved_bytes
-    from snnbench.methods.bptt import BPTT
 
     T, B = 4, 32
     net = VGG11(VGG11.Config(width=width), (3, 32, 32), 10, LIF())
@@ -477,7 +659,6 @@ def test_bytes_kept_for_every_neuron_and_timestep():
 def test_operations_of_a_training_step():
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from snnbench.methods.bptt import BPTT
     from snnbench.recipe import make_optimizer
     from snnbench.spec import TrainConfig
 
@@ -515,8 +696,6 @@ def test_sums_of_spikes_and_images_are_kept_as_they_are(memory):
     for level in ("speed", memory):
         run = engine.Engine(CPU, choose("reference", {}, CPU), memory=level)
         copied = run.take(copy.deepcopy(net))
-        from snnbench.methods.bptt import BPTT
-
         run.backward(BPTT(), copied, x.expand(3, *x.shape), y, 0.0)
         grads.append([p.grad for p in copied.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -567,6 +746,21 @@ def test_every_kernel_has_a_summary_and_a_source(name):
     assert described["source"]
     if name != "reference":
         assert name in {k for names in choice.ORDER.values() for k in names}
+
+
+@needs_native
+@pytest.mark.parametrize(("method", "told"), [("bptt", False), ("rate", False), ("ottt", True)])
+def test_a_method_that_goes_round_the_kernel_is_told_of(method, told):
+    method = registry.find("methods", method).load()()
+    net = ConvNet(ConvNet.Config(width=4), (1, 8, 8), 10, LIF())
+    run = engine.Engine(CPU, choose("native", BACKENDS, CPU))
+    run.take(net)
+    x_B, y_B = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    run.backward(method, net, x_B.expand(4, *x_B.shape), y_B, 0.0)
+    assert (run.fallback is not None) == told
+    assert run.describe()["kernel_fallbacks"] == ([run.fallback] if told else [])
+    assert not told or "native: this method, or its neuron," in run.fallback
+    assert engine.Engine(CPU, choose("reference", {}, CPU)).fallback is None
 
 
 def test_no_compiler_is_said_and_not_fatal(monkeypatch, tmp_path):
@@ -644,24 +838,49 @@ def test_tf32_needs_cuda():
     assert "CUDA" in str(engine.set_matmul_precision("tf32", CPU))
 
 
+def resident_bytes():
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
 @needs_native
-def test_memory_does_not_grow_over_steps():
-    """Live tensors after 60 steps are those after 20."""
-    import gc
-
-    from snnbench.methods.bptt import BPTT
-
-    net = VGG11(VGG11.Config(width=1 / 16), (3, 16, 16), 10, replace(LIF(), surrogate=Triangle()))
-    run = engine.Engine(CPU, choose("native", BACKENDS, CPU), memory="smallest")
+@pytest.mark.parametrize(
+    ("method", "memory"), [("bptt", "speed"), ("rate", "speed"), ("bptt", "smallest")]
+)
+def test_memory_after_a_thousand_steps_is_that_after_twenty(method, memory):
+    """One spike train that stayed behind at each step would be 64 MB."""
+    method = registry.find("methods", method).load()()
+    net = ConvNet(ConvNet.Config(width=4), (1, 8, 8), 10, LIF())
+    run = engine.Engine(CPU, choose("native", BACKENDS, CPU), memory=memory)
     run.take(net)
-    x, y = torch.randn(2, 3, 16, 16), torch.randint(0, 10, (2,))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, fused=True)
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 10, (16,))
 
-    def live(steps):
+    def after(steps):
         for _ in range(steps):
-            net.zero_grad(set_to_none=True)
-            run.backward(BPTT(), net, x.expand(4, *x.shape), y, 0.0)
-            run.backward(Rate(), net, x.expand(4, *x.shape), y, 0.0)
+            optimizer.zero_grad(set_to_none=True)
+            run.backward(method, net, x.expand(4, *x.shape), y, 0.0)
+            run.update(net.parameters(), optimizer, None)
         gc.collect()
-        return sum(type(o) in (torch.Tensor, nn.Parameter) for o in gc.get_objects())
+        held = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+        return held, resident_bytes()
 
-    assert live(20) == live(40)
+    held, resident = after(20)
+    held_then, resident_then = after(980)
+    assert held_then == held
+    assert resident is None or resident_then - resident < 8 * 2**20
+
+
+@pytest.mark.parametrize("kernel", ["reference", "native"])
+def test_fp16_gradients_that_overflow_at_every_step_end_a_run_as_diverged(kernel):
+    if kernel == "native" and NATIVE:
+        pytest.skip(NATIVE)
+
+    class Overflow(BPTT):
+        def loss_scale(self, T):
+            return 1e30  # the loss stays finite, its gradients do not
+
+    with pytest.raises(DivergedError, match="fp16 loss scale fell to"):
+        train(make_job(method=Overflow(), precision="fp16", kernel=kernel, epochs=20))

@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from torch import nn
 
-from snnbench.errors import UsageError, WorkerError
+from snnbench import cli_peers
+from snnbench.errors import ExitCode, UsageError, WorkerError
 from snnbench.models.convnet import ConvNet
 from snnbench.neurons import ReLU
 from snnbench.peers import bench, contestants, libraries, tables
 from snnbench.peers.contestants import Entry, Setup
-from snnbench.peers.results import Result, Row, goals, quartiles, ratio, rivals
+from snnbench.peers.results import Result, Row, goals, quartiles, ratio, rivals, unsuccessful
 
 CONVNET = Setup("convnet", {"width": 4}, (1, 8, 8), T=3, B=4)
 TINY = {
@@ -231,6 +233,8 @@ def test_names():
         ("ours:auto+", "unknown setting ''"),
         ("ours:auto+cll", "unknown setting 'cll'; did you mean 'cl'?"),
         ("norse:step+smallest", "'smallest' is a setting of ours only"),
+        ("ours:nativ", "unknown kernel 'nativ'; did you mean 'native'?"),
+        ("ours:auto:rat", "unknown method 'rat'; did you mean 'rate'?"),
     ],
 )
 def test_names_that_do_not_exist(name, message):
@@ -410,6 +414,30 @@ def test_the_report_is_as_written():
     assert tables.to_markdown([result]) == GOLDEN + "".join(f"- {n}\n" for n in tables.NOTES)
 
 
+def test_a_run_in_which_nobody_took_part_is_no_success():
+    absent = Row("norse:step", status="absent", reason="norse is not installed")
+    failed = Row("ours:auto", status="failed", reason="killed")
+    done = timed("ours:native", 1.0)
+    assert not unsuccessful([made(done, absent)])
+    assert unsuccessful([made(absent)])
+    assert unsuccessful([made(done), made(absent)])
+    assert unsuccessful([made(done, failed)])
+
+
+def test_the_command_ends_with_an_error_where_nobody_took_part(monkeypatch, tmp_path):
+    results = [made(Row("norse:step", status="absent", reason="norse is not installed"))]
+    monkeypatch.setattr(bench, "compare", lambda *_: results)
+    with pytest.raises(typer.Exit) as ended:
+        cli_peers.peers(only="norse:step", output=tmp_path)
+    assert ended.value.exit_code == ExitCode.RUNS_FAILED == 1
+
+
+def test_warm_up_with_an_empty_cache_stands_beside_the_other():
+    row = timed("ours:auto+cl+ma", 1.0, cold_warmup_s=6.54)
+    assert tables.cells(made(row))[0][5] == "0.5 (6.5)"
+    assert tables.frame(made(row))["cold_warmup_s"][0] == 6.54
+
+
 def test_every_row_has_a_cell_for_every_column():
     assert {len(row) for row in tables.cells(made(*field()))} == {len(tables.COLUMNS)}
 
@@ -487,7 +515,8 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path):
+def stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.registry, "find", lambda kind, name: None)  # a kernel of any name
     return Stage(tmp_path)
 
 
@@ -602,14 +631,14 @@ def test_tables_and_report_are_written_for_each_network(stage, tmp_path):
 
 def test_a_real_process_is_built_warmed_compared_timed_and_measured(stage):
     settings = bench.Settings(
-        only=("floor:ann+cl+ma", "ours:auto+cl+ma", "ours:no-such-kernel"),
+        only=("floor:ann+cl+ma", "ours:auto+cl+ma", "ours:triton"),
         rounds=1, steps=1, slice_s=0.0, T=2, batch=4, threads=1,
     )  # fmt: skip
     result = bench.time_network("digits", settings, stage.said.append, busy=lambda: None)
-    floor, ours, unknown = result.rows
-    assert (unknown.status, unknown.reason.partition(";")[0]) == (
-        "absent", "unknown kernel 'no-such-kernel'",
-    )  # fmt: skip
+    floor, ours, absent = result.rows
+    assert absent.status == "absent"
+    assert absent.reason.startswith("kernel 'triton': ")
+    assert ours.kernel_path != "native" or ours.cold_warmup_s > ours.warmup_s  # it was compiled
     assert [row.reason for row in (floor, ours)] == ["", ""]
     assert floor.parity is None
     assert ours.parity["differing"] == 0

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -297,6 +298,19 @@ def test_latex_of_hostile_records_cannot_leave_its_comments(tmp_path: Path) -> N
     assert sum(line.endswith(r"\\") for line in lines[begin:]) == 2
     body = "\n".join(lines[begin:])
     assert body.count("{") - body.count(r"\{") == body.count("}") - body.count(r"\}")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex")
+def test_latex_compiles(folder: SuiteFolder, tmp_path: Path) -> None:
+    ended(folder, replace(SPEC, seed=9), "failed", HOSTILE)
+    folder.write_plan({"suite": {"name": "made", "claim": f'{HOSTILE} \\ {{ }} $ & % ~ ^ "'}})
+    (tmp_path / "t.tex").write_text(latex.render(content.build(write(folder))), "utf-8")
+    rules = r"\let\toprule\hline\let\midrule\hline\let\bottomrule\hline"  # if booktabs is absent
+    text = rf"\documentclass{{article}}{rules}\begin{{document}}\input{{t}}\end{{document}}"
+    (tmp_path / "a.tex").write_text(text)
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
+    done_ = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done_.returncode == 0, done_.stdout[-1500:]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

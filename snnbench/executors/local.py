@@ -30,6 +30,7 @@ WORKER = "snnbench.worker"
 # torch imports this, for two seconds, when the first optimizer is made.
 WARM = ("torch._dynamo",)
 UNKNOWN_CODE = 255  # what multiprocessing says of a child whose server has died
+NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
 # A process that ends by one of these was ended by somebody else; by another, by its own fault.
 FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
 
@@ -152,10 +153,12 @@ class LocalExecutor:
         """Begin to warm the server up, in the background."""
         from multiprocessing import forkserver, resource_tracker
 
-        resource_tracker.ensure_running()  # it would unblock the signal below
-        # Ctrl-C is for the parent to handle, also while the server still imports torch.
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C, and what a cluster sends to all processes of a job, are for the parent to handle,
+        # also while the server still imports torch; workers die with their server.
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_THE_SERVER)
         try:
+            resource_tracker.ensure_running()  # it unblocks two of the signals
+            signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_THE_SERVER)
             with _main_hidden():
                 forkserver.ensure_running()
         finally:
@@ -287,6 +290,7 @@ def _child(call: str, pipe: Connection, watched: Connection) -> None:
     """First code of the child. The worker, and with it torch, is imported here and not above."""
     module, task, arguments, environment = json.loads(call)
     os.environ.update(environment)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def send(message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more

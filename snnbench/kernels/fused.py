@@ -14,7 +14,8 @@ The arithmetic is that of a backend, a module with these functions on contiguous
 x = a y + b + rest is the input current; xhat = (y - mean) rstd.  Membranes, statistics and sums
 are fp32 whatever the dtype of y.  A backend that is `complete` does more in the same passes:
 
-    affine(y, weight, bias, running, eps, share, batch_stats)      a, b, mean, rstd: [4, C]
+    affine(y, weight, bias, running, eps, share, count, batch_stats)
+                                                       a, b, mean, rstd: [4, C]
     rate_backward(g, elig, xhat, a, rested, batch_stats)           gradients through time-means
     fire, fire_backward    normalise the rest as well, and take the gradient in two parts, one for
                            each user of the spikes
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from snnbench.kernels import rates
-from snnbench.kernels.rates import cells, uncells
+from snnbench.kernels.rates import cells, uncells, unpixels
 from snnbench.kernels.reference import Reference
 from snnbench.neurons import LIF, ReLU, wide
 
@@ -142,7 +143,7 @@ class Kernel(Reference):
                 cells(y_TB), a, b, mean, rstd, rest, decay, neuron, T
             )
             shape = y_TB.shape[1:]
-            found = Rates(uncells(rate[None], shape)[0], elig, xhat, affine)
+            found = Rates(unpixels(rate, shape), elig, xhat, affine)
         weight, bias = (None, None) if affine is None else (affine.weight, affine.bias)
         back = self.backend.rate_backward if self.complete else rates.step_backward
         rate_B: Tensor = rates.Step.apply(c_B, rest_B, weight, bias, found, back)
@@ -153,7 +154,9 @@ class Kernel(Reference):
     def rate_of(self, x_TB: Tensor) -> Tensor:
         """The time-mean of an input; where a layer here sent it, without a gradient of length T."""
         known: Tensor | None = self._rates.get(x_TB)
-        return x_TB.mean(0) if known is None else known
+        if known is None:
+            return x_TB[0] if x_TB.stride(0) == 0 else x_TB.mean(0)
+        return known
 
     def _affine(self, norm: nn.BatchNorm2d, y_TB: Tensor, T: int) -> Affine:
         """Statistics of the batch, which update the running ones; in evaluation the latter."""
@@ -167,12 +170,12 @@ class Kernel(Reference):
         weight = weight * scale if scale != 1.0 else weight
         batch_stats = norm.training or norm.running_mean is None
         with torch.no_grad():
-            y, count = cells(y_TB.detach()), T * y_TB.shape[1:].numel() // norm.num_features
-            if self.complete and count == y.numel() // norm.num_features and _all_wide(norm):
+            y, count = cells(y_TB), T * y_TB.shape[1:].numel() // norm.num_features
+            if self.complete and _all_wide(norm):
                 share = counted(norm) if norm.training else 0.0
                 running = norm.running_mean, norm.running_var
                 a, b, mean, rstd = self.backend.affine(
-                    y, weight, bias, running, norm.eps, share, batch_stats
+                    y, weight, bias, running, norm.eps, share, count, batch_stats
                 ).unbind()
                 return Affine(weight, bias, a, b, mean, rstd, batch_stats)
             if batch_stats:
@@ -227,8 +230,9 @@ def update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) 
     assert norm.running_mean is not None
     assert norm.running_var is not None
     share = counted(norm)
-    norm.running_mean.lerp_(mean, share)
-    norm.running_var.lerp_(var * (count / max(1, count - 1)), share)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+    unbiased = var * (count / max(1, count - 1))
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), share)
 
 
 def decay_of(neuron: LIF, device: torch.device) -> Tensor:
@@ -298,14 +302,14 @@ class _Fire(torch.autograd.Function):
         parts = [cells(g).to(y.dtype) for g in grads if g is not None]
         if not parts:
             return (None,) * 8
-        more = dict(zip(("g2",), parts[1:], strict=False))
+        more: dict[str, Any] = dict(zip(("g2",), parts[1:], strict=False))
         if ctx.rest_normed:
             more["rest_constants"] = tuple(rest_constants)
-        gy, grest, gweight, gbias, gdecay, *grest_weight = ctx.backend.fire_backward(
+        gy, grest, gweight, gbias, gdecay, *of_rest = ctx.backend.fire_backward(
             parts[0], y, a, b, mean, rstd, rest, decay, ctx.neuron, ctx.T, ctx.batch_stats, **more
         )
         gy = uncells(gy, ctx.shape)
         if grest is not None:
             grest = uncells(grest, ctx.shape).to(ctx.rest_dtype).sum_to_size(ctx.rest_shape)
-        rest_weight, rest_bias = (grest_weight[0], gbias) if ctx.rest_normed else (None, None)
+        rest_weight, rest_bias = (of_rest[0], gbias) if ctx.rest_normed else (None, None)
         return None, gy, gweight, gbias, grest, gdecay, rest_weight, rest_bias

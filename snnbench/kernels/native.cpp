@@ -238,26 +238,28 @@ void back_T(const Neuron& n, const Segment& seg) {
   const int64_t sy = seg.stride_y, st = seg.stride, s2 = seg.stride_2, so = seg.stride_to;
 #pragma omp simd
   for (int64_t i = 0; i < seg.length; ++i) {
-    float h[T], f[T], v = 0.f, gv = 0.f, sum_g = 0.f, sum_gx = 0.f, sum_gr = 0.f;
+    float h[T], y_[T], r_[T], v = 0.f, gv = 0.f, sum_g = 0.f, sum_gx = 0.f, sum_gr = 0.f;
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      float x = y[t * sy + i] * a[i] + b[i];
-      if (REST == PLAIN) x = x + r[t * st + i];
-      if (REST == NORMED) x = x + (r[t * st + i] * ra[i] + rb[i]);
+      y_[t] = y[t * sy + i];
+      r_[t] = REST == NONE ? 0.f : r[t * st + i];
+      float x = y_[t] * a[i] + b[i];
+      if (REST == PLAIN) x = x + r_[t];
+      if (REST == NORMED) x = x + (r_[t] * ra[i] + rb[i]);
       h[t] = decay * v + gain * x;
-      f[t] = spike(h[t] - th, lowest);
-      v = h[t] - f[t] * (hard * h[t] + soft);
+      v = h[t] - spike(h[t] - th, lowest) * (hard * h[t] + soft);
     }
 #pragma GCC unroll 8
     for (int t = T - 1; t >= 0; --t) {
       const float d = slope<KIND>(h[t] - th, p);
-      const float keep = (1.f - hard * f[t]) - (through_v * h[t] + through) * d;
+      const float f = spike(h[t] - th, lowest);
+      const float keep = (1.f - hard * f) - (through_v * h[t] + through) * d;
       const float now = (g[t * st + i] + g2[t * s2 + i]) * d + gv * keep, x = gain * now;
       gv = decay * now;
       to[t * so + i] = x;
       sum_g += x;
-      sum_gx += x * (y[t * sy + i] - mu[i]);
-      if (REST == NORMED) sum_gr += x * (r[t * st + i] - rmu[i]);
+      sum_gx += x * (y_[t] - mu[i]);
+      if (REST == NORMED) sum_gr += x * (r_[t] - rmu[i]);
     }
     sum[i] = sum_g;
     dg[i] += sum_g;
@@ -539,6 +541,7 @@ struct Norm {
   const float *weight, *bias;
   float *mean, *var;  // running ones, or none
   float eps, share;   // share of a batch in the running ones; 0 leaves them
+  float unbiased;     // by which its variance is multiplied for them
   int32_t batch_stats;
 };
 
@@ -551,11 +554,10 @@ void affine(const float* y, const Norm& norm, int64_t N, int64_t C, float* out, 
     std::copy(norm.mean, norm.mean + C, mean);
     std::copy(norm.var, norm.var + C, rstd);
   }
-  const float unbiased = static_cast<float>(static_cast<double>(N) / std::max<int64_t>(1, N - 1));
   for (int64_t c = 0; c < C; ++c) {
     if (norm.share != 0.f) {
       norm.mean[c] += norm.share * (mean[c] - norm.mean[c]);
-      norm.var[c] += norm.share * (rstd[c] * unbiased - norm.var[c]);
+      norm.var[c] += norm.share * (rstd[c] * norm.unbiased - norm.var[c]);
     }
     rstd[c] = 1.f / std::sqrt(rstd[c] + norm.eps);
     a[c] = norm.weight[c] * rstd[c];

@@ -52,7 +52,7 @@ class _Norm(ctypes.Structure):
 
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("weight", "bias", "mean", "var")),
-        *((n, ctypes.c_float) for n in ("eps", "share")),
+        *((n, ctypes.c_float) for n in ("eps", "share", "unbiased")),
         ("batch_stats", ctypes.c_int32),
     ]
 
@@ -136,15 +136,18 @@ def affine(
     running: tuple[Tensor | None, Tensor | None],
     eps: float,
     share: float,
+    count: int,
     batch_stats: bool,
 ) -> Tensor:
     """a, b, mean and rstd of a normalisation by a batch y or by the running statistics, [4, C].
 
-    `share` of those of the batch goes into the running ones; all are fp32.
+    `share` of those of the batch goes into the running ones, for `count` values a channel; all are
+    fp32.
     """
     C = y.shape[-1]
     out, wide, rows = torch.empty(4, C), _wide(y), y.numel() // C
-    norm = _Norm(*_pointers(weight, bias, *running), eps, share, batch_stats)
+    unbiased = count / max(1, count - 1)
+    norm = _Norm(*_pointers(weight, bias, *running), eps, share, unbiased, batch_stats)
     library().snn_affine(
         wide.data_ptr(), ctypes.byref(norm), rows, C, out.data_ptr(), _threads(y.numel())
     )

@@ -52,6 +52,21 @@ def uncells(x: Tensor, shape: torch.Size) -> Tensor:
     return x.view(len(x), B, *sites, C).permute(0, 1, len(shape), *range(2, len(shape)))
 
 
+def pixels(x_B: Tensor) -> Tensor:
+    """[B, C, H, W] or [B, F] as contiguous [M, C]; a view if channels are last."""
+    if x_B.dim() == 2:
+        return x_B.contiguous()
+    return x_B.permute(0, *range(2, x_B.dim()), 1).reshape(-1, x_B.shape[1]).contiguous()
+
+
+def unpixels(x: Tensor, shape: torch.Size) -> Tensor:
+    """[M, C] as [B, C, ...], a view."""
+    if len(shape) == 2:
+        return x
+    B, C, *sites = shape
+    return x.view(B, *sites, C).permute(0, len(shape) - 1, *range(1, len(shape) - 1))
+
+
 class _Linear(torch.autograd.Function):
     """Backward of a convolution or linear map, for a forward that was done elsewhere."""
 
@@ -127,10 +142,9 @@ class Step(torch.autograd.Function):
         """Gradients of what `forward` was given."""
         refuse_second()
         (g_B,), (elig, xhat, a) = grads, ctx.saved_tensors
-        g = cells(g_B[None])[0]
-        gc, gz, gweight, gbias = ctx.back(g, elig, xhat, a, ctx.rested, ctx.batch_stats)
-        gc_B = uncells(gc[None], g_B.shape)[0].to(ctx.dtypes[0])
-        grest_B = None if gz is None else uncells(gz[None], g_B.shape)[0].to(ctx.dtypes[1])
+        gc, gz, gweight, gbias = ctx.back(pixels(g_B), elig, xhat, a, ctx.rested, ctx.batch_stats)
+        gc_B = unpixels(gc, g_B.shape).to(ctx.dtypes[0])
+        grest_B = None if gz is None else unpixels(gz, g_B.shape).to(ctx.dtypes[1])
         return gc_B, grest_B, gweight, gbias, None, None
 
 

@@ -84,8 +84,8 @@ class Rate(Method):
 
     @staticmethod
     def _sum(synapses: Iterable[nn.Module], x_TB: tuple[Tensor, ...], kernel: Any) -> Any:
-        """Summed currents of the synapses on all timesteps, and on the mean; None for none."""
-        pairs = [both(parts_of(f), x, kernel) for f, x in zip(synapses, x_TB, strict=True)]
+        """Summed currents of the synapses, and what carries their gradient; None for none."""
+        pairs = [both(parts_of(f), x, kernel, True) for f, x in zip(synapses, x_TB, strict=True)]
         if not pairs:
             return None, None
         first, *rest = pairs

@@ -111,8 +111,9 @@ def parts_of(synapse: nn.Module) -> list[nn.Module]:
 def normed(synapse: nn.Module) -> tuple[list[nn.Module], nn.BatchNorm2d | None]:
     """The modules of a synapse, and the BatchNorm at its end, if a kernel can normalise."""
     *parts, last = parts_of(synapse)
-    alone = isinstance(last, nn.BatchNorm2d) and not isinstance(last, SyncedBatchNorm2d)
-    return (parts, last) if alone else ([*parts, last], None)
+    if isinstance(last, nn.BatchNorm2d) and not isinstance(last, SyncedBatchNorm2d):
+        return parts, last
+    return [*parts, last], None
 
 
 def through(parts: nn.Module | list[nn.Module], x_TB: Tensor, apply: Apply) -> Tensor:

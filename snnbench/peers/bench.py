@@ -124,7 +124,7 @@ def line_up(device: str) -> tuple[str, ...]:
 def parse(name: str) -> tuple[dict[str, Any], bool]:
     """Fields of the contestant of that name, and whether the C library keeps freed memory.
 
-    Raises UsageError; whether a kernel or method of ours exists is found out when it is built.
+    Raises UsageError for what does not exist; whether it can be had here is found out later.
     """
     who, *settings = name.split("+")
     family, *kind = who.split(":")
@@ -149,6 +149,10 @@ def parse(name: str) -> tuple[dict[str, Any], bool]:
         forms = [f"{family}:{k}" for k in KINDS.get(family, ())]
         forms = forms or ["published:rate" if family == "published" else "ours:KERNEL[:METHOD]"]
         raise UsageError(f"'{name}': write {' or '.join(forms)}")
+    if family == "ours":
+        if entry["kind"] != "auto":
+            registry.find("kernels", entry["kind"])
+        registry.find("methods", entry.get("method", "bptt"))
     for setting in settings:
         entry |= SETTINGS[setting]
     return entry, "ma" in settings
@@ -204,10 +208,13 @@ def prepare(contest: Field, row: Row, setup: dict[str, Any], result: Result) -> 
     """Start a contestant, warm it up, compare its spikes."""
     entry, keep_memory = parse(row.name)
     contest.start(row)
-    built = contest.ask(row, "build", entry=entry, setup=setup, keep_memory=keep_memory)
+    request = {"entry": entry, "setup": setup, "keep_memory": keep_memory}
+    built = contest.ask(row, "build", **request)
     result.machine = result.machine or built.get("machine", {})
     row.version = built.get("version", "")
     row.take(contest.ask(row, "warm_up"))
+    if row.status == "done" and row.who == ["ours", "auto"] and row.plain:
+        row.cold_warmup_s = contest.cold_warm_up(request)
     row.parity = contest.ask(row, "parity") or None
     row.guess_ms = min(contest.ask(row, "steps", n=WARM_STEPS).get("step_ms", [0.0]))
 
@@ -227,13 +234,14 @@ class Field:
         self._command, self._threads = command, threads
         self._timeout_s, self._busy = timeout_s, busy
         self._children: dict[str, Child] = {}
+        self._cold: list[Child] = []
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
     def __enter__(self) -> Field:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in self._children.values():
+        for child in (*self._children.values(), *self._cold):
             child.kill()
         self._folder.cleanup()
 
@@ -256,6 +264,21 @@ class Field:
             row.status, row.reason = "failed", str(error)
         child.kill()
         return {}
+
+    def cold_warm_up(self, request: dict[str, Any]) -> float | None:
+        """Seconds of building and the first step where no kernel is cached; None if it fails."""
+        place = Path(self._folder.name) / f"cold-{len(self._cold)}"
+        place.mkdir()
+        child = Child(self._command, place, self._threads, {"XDG_CACHE_HOME": str(place)})
+        self._cold.append(child)
+        try:
+            child.ask({"do": "build", **request}, self._timeout_s)
+            answer = child.ask({"do": "warm_up"}, self._timeout_s) or {}
+        except WorkerError:
+            return None
+        finally:
+            child.kill()
+        return answer.get("warmup_s")
 
     def slice(self, row: Row, settings: Settings) -> None:
         """A few steps of one contestant, repeated while other processes need the CPU."""
@@ -286,7 +309,13 @@ class Absent(WorkerError):
 class Child:
     """One contestant's process."""
 
-    def __init__(self, command: Sequence[str], folder: Path, threads: int) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        threads: int,
+        settings: dict[str, str] | None = None,
+    ) -> None:
         self._log, self._rest, self._ended = folder / "log", b"", False
         # Settings of the C library's memory are made by the contestant, or not at all; what is
         # compiled is compiled anew, or the warm-up would depend on earlier runs.
@@ -294,6 +323,7 @@ class Child:
         own = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
         own |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         own |= {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
+        own |= settings or {}
         with self._log.open("wb") as log:
             # A session of its own: Ctrl-C is for this process to handle.
             self._process = subprocess.Popen(

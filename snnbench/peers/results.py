@@ -39,6 +39,7 @@ class Row:
     reason: str = ""
     version: str = ""
     warmup_s: float | None = None
+    cold_warmup_s: float | None = None  # with no kernel in the cache
     parity: dict[str, Any] | None = None
     guess_ms: float = 0.0  # of a step, before the rounds
     round_ms: list[float] = field(default_factory=list)  # median step of each round
@@ -135,6 +136,12 @@ class Result:
         """Ours by BPTT in half precision."""
         own = [row for row in self.timed("ours", plain=False) if row.half]
         return _fastest([row for row in own if len(row.who) == 2])
+
+
+def unsuccessful(results: Sequence[Result]) -> bool:
+    """Whether a contestant failed, or none at all could be had for one of the networks."""
+    failed = any(row.status == "failed" for result in results for row in result.rows)
+    return failed or any(all(row.status != "done" for row in r.rows) for r in results)
 
 
 def _tuned(rows: list[Row], among: list[Row] | None = None) -> Row | None:

@@ -30,8 +30,8 @@ NOTES = (
     "timestep at a time in training, which is another algorithm than that of all other rows. "
     "Spikes are still compared, since frozen statistics are the same in both orders.",
     "warm-up: building the contestant and its first step, with all that is compiled or loaded for "
-    "it; importing libraries is left out. A compiled kernel of ours is cached by the machine, "
-    "torch.compile begins with empty caches.",
+    "it; importing libraries is left out. A compiled kernel of ours is cached by the machine "
+    "(in brackets: the same with an empty cache), torch.compile begins with empty caches.",
     "saved B: bytes kept for the backward pass for each neuron and timestep; saved MB: all of "
     "them. peak MB: what a step adds to the resident memory (on a GPU: to the allocated memory), "
     "and for compiled contestants what the compiler left behind. MB are 10^6 bytes.",
@@ -58,7 +58,7 @@ def _cells(row: Row, B: int, floor: Row | None, ours: Row | None) -> list[str]:
         NONE if floor is None else str(ratio(row, floor)),
         NONE if ours is None else str(ratio(row, ours)),
         f"{1e3 * B / step.median:.0f}",
-        _number(row.warmup_s, ".1f"),
+        _warm_up(row),
         NONE if row.differing is None else f"{row.differing:.0e}" if row.differing else "0",
         NONE if row.parity is None else f"{row.parity['grad_error']:.0e}",
         _number(row.saved_per_neuron_step, ".2f"),
@@ -68,6 +68,11 @@ def _cells(row: Row, B: int, floor: Row | None, ours: Row | None) -> list[str]:
         f"{row.disturbed} of {len(row.foreign)}",
         f"first {row.parity['first']}" if row.parity and row.differing else "",
     ]
+
+
+def _warm_up(row: Row) -> str:
+    cold = "" if row.cold_warmup_s is None else f" ({row.cold_warmup_s:.1f})"
+    return _number(row.warmup_s, ".1f") + cold
 
 
 def warning(result: Result) -> str:
@@ -100,7 +105,8 @@ def frame(result: Result) -> pd.DataFrame:
         entry |= _spread("x_ours", ratio(row, ours) if step and ours else None)
         entry["images_per_s"] = 1e3 * result.B / step.median if step else None
         parity = row.parity or {}
-        entry |= {"warmup_s": row.warmup_s, "spikes_differing_share": row.differing}
+        entry |= {"warmup_s": row.warmup_s, "cold_warmup_s": row.cold_warmup_s}
+        entry |= {"spikes_differing_share": row.differing}
         entry |= {"first_differing": parity.get("first"), "grad_error": parity.get("grad_error")}
         entry["lowest_firing_rate"] = parity.get("lowest_rate")
         for key in ("saved_bytes", "saved_per_neuron_step", "peak_bytes", "aten_ops", "disturbed"):

@@ -377,7 +377,7 @@ def _texts(c: Check) -> list[str]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:+.2f}%" if share else "none"
+    return f"{100 * share:+.3g}%" if share else "none"
 
 
 def _change(c: Check) -> float:

@@ -102,14 +102,22 @@ def _figures(source: Source) -> tuple[list[dict[str, Any]], list[tuple[str, str]
 
 
 def _columns(report: content.Report) -> list[dict[str, Any]]:
-    keys = [{"heading": h, "key": True, "meaning": ""} for h in report.columns[: report.keys]]
-    figures = [{"heading": c.heading, "key": False, "meaning": c.meaning} for c in report.figures]
-    return keys + figures
+    keys = [{"heading": h, "css": "key", "meaning": ""} for h in report.columns[: report.keys]]
+    return keys + [
+        {"heading": c.heading, "css": _css(c), "meaning": c.meaning} for c in report.figures
+    ]
+
+
+def _css(column: columns.Column) -> str:
+    """What is not shown by default is left out on paper."""
+    usual = {c.name for c in (*columns.core(""), columns.EXACT_P, *columns.OPTIONAL)}
+    return "num" if column.name in usual else "num more"
 
 
 def _cells(report: content.Report) -> list[dict[str, Any]]:
     """Rows of the table with the numbers to sort by."""
     rows = []
+    css = [""] * report.keys + [_css(c) for c in report.figures]
     for r, (texts, cell) in enumerate(zip(report.rows, report.cells, strict=True)):
         values = [None] * report.keys + [_sortable(c.estimate(cell)) for c in report.figures]
         rows.append(
@@ -119,8 +127,7 @@ def _cells(report: content.Report) -> list[dict[str, Any]]:
                     {
                         "text": text,
                         "value": value,
-                        "css": ("num" if i >= report.keys else "")
-                        + (" strong" if (r, i) in report.strong else ""),
+                        "css": css[i] + (" strong" if (r, i) in report.strong else ""),
                     }
                     for i, (text, value) in enumerate(zip(texts, values, strict=True))
                 ],

@@ -13,7 +13,7 @@ _SPECIAL = str.maketrans(
     {
         "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
         "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
-        "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
+        "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
         "–": "--", "±": r"$\pm$", "Δ": r"$\Delta$", "∞": r"$\infty$", "`": r"\textasciigrave{}",
     }
 )  # fmt: skip
@@ -27,7 +27,7 @@ def render(report: Report) -> str:
     align = "l" * report.keys + "r" * (len(report.columns) - report.keys)
     lines += [
         r"\begin{table}",
-        r"\centering\small",
+        r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
         rf"\caption{{{_caption(report)}}}",
         rf"\label{{tab:{re.sub('[^A-Za-z0-9]+', '-', report.title).strip('-')}}}",
         rf"\begin{{tabular}}{{{align}}}",
