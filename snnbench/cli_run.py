@@ -273,6 +273,7 @@ def _next(quiet: bool, command: str) -> None:
 
 
 def device_named(name: str) -> str:
+    """The device as given; raises BadParameter where it is none."""
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise typer.BadParameter(f"--device {name}: it can be auto, cpu, cuda or cuda:N")

@@ -331,6 +331,11 @@ class EngineNews:
 
     def news(self, message: dict[str, Any]) -> list[tuple[str, bool]]:
         """New lines of a message of the worker; True with what a faster kernel was given up for."""
+        if message.get("event") == "warning":
+            text = str(message["text"])
+            new = [] if text in self._said else [(text, True)]
+            self._said.add(text)
+            return new
         if message.get("event") != "engine":
             return []
         line = "{device}, kernel {kernel}, {precision}; {allocator}".format(**message)

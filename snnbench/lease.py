@@ -129,8 +129,6 @@ def claim(folder: Path, watch: Watch, ttl_s: float = 60.0) -> Lease | None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with os.fdopen(os.open(lease.file, flags, 0o644), "wb") as file:
             file.write(_text(lease))
-            file.flush()
-            os.fsync(file.fileno())
     except FileExistsError:
         if folder.is_dir():
             return None  # another was faster

@@ -14,6 +14,7 @@ from snnbench.errors import ResultsError
 from snnbench.executors import queue
 from snnbench.progress import Ledger, run_state
 from snnbench.spec import did_you_mean
+from snnbench.stopping import ask_to_cancel
 from snnbench.store import RunFolder, SuiteFolder
 
 GOING_ON = ("running", "queued")
@@ -98,7 +99,7 @@ def cancel(folder: SuiteFolder, wanted: Sequence[str], wait_s: float) -> list[st
     """
     known = _run_ids(folder)
     chosen = [_one(start, known) for start in wanted] if wanted else known
-    folder.ask_to_cancel(chosen if wanted else None)
+    ask_to_cancel(folder, chosen if wanted else None)
     jobs = {r: j for r in chosen if (j := queue.job_of(folder.run(r))) is not None}
     states = (queue.states() or {}) if jobs else {}
     waiting = [j for j in jobs.values() if states.get(j) in queue.WAITING]

@@ -109,7 +109,7 @@ def make_plan(
     choice = choice or Choice()
     folder = SuiteFolder(results / suite.name)
     ledger = Ledger(folder)
-    past = _Past(ledger)
+    past = Past(ledger)
     runs = []
     for spec in specs:
         if not matches(spec, choice.only):
@@ -170,7 +170,7 @@ def built_in_modules(components: Iterable[registry.Component]) -> list[str]:
     return sorted({c.module for c in components if c.distribution == "snnbench"})
 
 
-class _Past:
+class Past:
     """Wall-clock seconds of the runs done here."""
 
     def __init__(self, ledger: Ledger) -> None:

@@ -145,15 +145,37 @@ class RunSpec:
 
     @property
     def run_id(self) -> str:
-        """Readable slug and a hash of the canonical JSON: the same on any machine.
-
-        A time limit changes no result, and so no id.
-        """
+        """Readable slug and a hash of the canonical JSON: the same on any machine."""
         name = f"{self.dataset}-{self.model}-{self.method}-T{self.T}-s{self.seed}"
         slug = "".join(ch if ch.isascii() and (ch.isalnum() or ch in "._+") else "-" for ch in name)
+        return f"{slug[:80]}-{digest(canonical(self.essence()))[:8]}"
+
+    def essence(self) -> dict[str, Any]:
+        """What makes it this run and no other, as plain data.
+
+        A time limit changes no result; neither does a setting that was added after the first
+        release, as long as it has its default.
+        """
         values = self.to_json()
         del values["train"]["timeout_s"]
-        return f"{slug[:80]}-{digest(canonical(values))[:8]}"
+        for (*tables, key), default in ADDED.items():
+            table = values
+            for name in tables:
+                table = table[name]
+            if table[key] == default:
+                del table[key]
+        return values
+
+
+# Settings that an older version did not know, by their path, and what it did.
+ADDED: dict[tuple[str, ...], Any] = {
+    ("kind",): "train",
+    ("capacity",): None,
+    ("measure", "target"): None,
+    ("train", "devices"): 1,
+    ("train", "batch_split"): 1,
+    ("train", "deterministic"): False,
+}
 
 
 def canonical(values: Any) -> str:

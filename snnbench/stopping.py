@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from snnbench.publish import publish_json
+from snnbench.spec import SCHEMA
 from snnbench.store import FAILURES, SuiteFolder
 
-GRACE_S = 8.0  # between SIGTERM and the end: whoever sends it kills after ten seconds or more
+GRACE_S = 6.0  # between SIGTERM and the end: whoever sends it kills after ten seconds or more
 
 
 class Alike:
@@ -30,6 +34,12 @@ class Alike:
         return self.count == self._limit
 
 
+def ask_to_cancel(folder: SuiteFolder, run_ids: Sequence[str] | None) -> None:
+    """Ask whoever works on these runs, or on any, to end."""
+    runs = None if run_ids is None else list(run_ids)
+    publish_json(folder.cancel, {"schema": SCHEMA, "id": uuid.uuid4().hex, "runs": runs})
+
+
 class Cancel:
     """Requests of `snnbench cancel` that came after this command began."""
 
@@ -46,7 +56,12 @@ class Cancel:
         return list(request.get("runs") or [None])
 
     def _read(self) -> dict[str, Any]:
-        return self._folder.cancel_request()
+        """The last request; empty where there was none."""
+        try:
+            request = json.loads(self._folder.cancel.read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return request if isinstance(request, dict) else {}
 
 
 class Interrupts:

@@ -26,7 +26,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -375,19 +375,6 @@ class SuiteFolder:
         with contextlib.suppress(OSError):
             return (self.path / "suite.json").stat().st_mtime
         return 0.0
-
-    def ask_to_cancel(self, run_ids: Sequence[str] | None) -> None:
-        """Ask whoever works on these runs, or on any, to end."""
-        runs = None if run_ids is None else list(run_ids)
-        publish_json(self.cancel, {"schema": SCHEMA, "id": uuid.uuid4().hex, "runs": runs})
-
-    def cancel_request(self) -> dict[str, Any]:
-        """The last request to end runs; empty where there was none."""
-        try:
-            request = json.loads(self.cancel.read_text("utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return request if isinstance(request, dict) else {}
 
     @contextlib.contextmanager
     def writing(self, wait_s: float = 60.0) -> Iterator[bool]:

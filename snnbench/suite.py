@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Len
 
-from snnbench import registry
+from snnbench.entries import method_errors, unknown_names
 from snnbench.errors import SuiteError, UsageError
 from snnbench.policy import RunPolicy, SlurmOptions
 from snnbench.spec import (
@@ -112,45 +112,15 @@ class Options:
     methods: Sequence[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A published accuracy in %, and the suite that reproduces its recipe."""
-
-    suite: str
-    dataset: str
-    model: str
-    method: str
-    T: int
-    value: float
-    tolerance: float
-    epochs: int
-    verified: bool
-    source: str
-    options: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class _Claims:
-    claim: tuple[Claim, ...]
-
-
-def published_claims() -> tuple[Claim, ...]:
-    """The figures of suites/papers/claims.toml."""
-    path = _shipped_folder() / "papers" / "claims.toml"
-    errors: list[str] = []
-    claims = validate(_Claims, _read(path, ()), errors)
-    fail(path, errors)
-    return claims.claim if claims else ()
-
-
-def _shipped_folder() -> Path:
+def shipped_folder() -> Path:
+    """Where the suites are that come with snnbench."""
     installed = Path(str(files("snnbench"))) / "_suites"
     return installed if installed.is_dir() else Path(__file__).parents[1] / "suites"
 
 
 def shipped() -> dict[str, Path]:
     """Suites that come with snnbench, by name."""
-    folder = _shipped_folder()
+    folder = shipped_folder()
     return {
         str(path.relative_to(folder).with_suffix("")): path
         for path in sorted(folder.rglob("*.toml"))
@@ -160,7 +130,7 @@ def shipped() -> dict[str, Path]:
 
 def claim_of(path: Path) -> str:
     """The claim of a suite file, for lists."""
-    return str(_read(path, ()).get("claim", ""))
+    return str(read(path).get("claim", ""))
 
 
 def locate(name: str) -> Path:
@@ -179,13 +149,13 @@ def locate(name: str) -> Path:
 def load(name: str, settings: Iterable[str] = ()) -> Suite:
     """Read a suite with `key=value` settings over it; raises SuiteError, one line per mistake."""
     path = locate(name)
-    document = _read(path, ())
+    document = read(path)
     for setting in settings:
         _set(document, setting)
     errors = [_with_method_names(document, line) for line in plain_data_errors(document)]
     suite = None if errors else validate(Suite, document, errors)
     if suite is not None:
-        errors += _method_errors(suite) or [*_unknown_names(suite), *_rule_errors(suite)]
+        errors += method_errors(suite) or [*unknown_names(suite), *_rule_errors(suite)]
     fail(path, errors)
     assert suite is not None
     return suite
@@ -294,7 +264,7 @@ def parse_only(rules: Iterable[str]) -> dict[str, list[Any]]:
     return wanted
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The document, laid over the one it extends."""
     if path.resolve() in seen:
         raise SuiteError(f"{path}: 'extends' goes round in a circle")
@@ -321,7 +291,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         base = beside if beside.is_file() else locate(parent)
     except UsageError as error:
         raise SuiteError(f"{path}: extends: {error}") from error
-    return _merge(_read(base, (*seen, path.resolve())), document)
+    return _merge(read(base, (*seen, path.resolve())), document)
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -373,43 +343,6 @@ def _value(text: str) -> Any:
     if text.startswith("[") and text.endswith("]"):
         return [_value(part) for part in text[1:-1].split(",") if part.strip()]
     return text
-
-
-def _method_errors(suite: Suite) -> list[str]:
-    """Entries of [[method]] whose own keys are wrong, before any component is asked."""
-    errors = []
-    for i, entry in enumerate(suite.method):
-        if not isinstance(entry.get("name"), str):
-            what = "give the name of one method, as a string"
-            errors.append(f"method[{i}].name: {what if 'name' in entry else 'missing; ' + what}")
-        own = entry.get("T", 1)
-        for T in own if isinstance(own, list) else [own]:
-            if not isinstance(T, int) or isinstance(T, bool) or T < 1:
-                errors.append(f"method[{i}].T = {json.dumps(own)}: timesteps are integers from 1")
-        for key, value in entry.items():
-            if value == []:
-                where = f"method[{i}] ({entry.get('name')}).{key}"
-                errors.append(f"{where} = []: an empty sweep; give at least one value")
-    return errors
-
-
-def _unknown_names(suite: Suite) -> list[str]:
-    """Names of methods, models, datasets and kernels that are not installed."""
-    errors = []
-    wanted = [
-        (f"axes.{kind}", f"{kind}s", getattr(suite.axes, kind))
-        for kind in ("dataset", "model", "kernel")
-    ]
-    wanted.append(("method", "methods", [m["name"] for m in suite.method]))
-    for key, kind, names in wanted:
-        known = {*registry.components(kind), *(["auto"] if kind == "kernels" else [])}
-        for name in names:
-            errors += [
-                f"{key} = {json.dumps(part)}: unknown {kind[:-1]}{did_you_mean(part, known)}"
-                for part in (name.split("+") if kind == "methods" else [name])
-                if part not in known
-            ]
-    return errors
 
 
 def _rule_errors(suite: Suite) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,12 +87,12 @@ def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
     except ResultsError as error:
         result = {"status": "missing", "reason": str(error)}
     events = folder.events()[0]
+    essence = spec.essence()
     settings = {
         "data": spec.data,
         "model": spec.model_options,
         "neuron": spec.neuron,
-        "train": {k: v for k, v in asdict(spec.train).items() if k != "timeout_s"},
-        "kind": spec.kind,
+        **{k: essence[k] for k in ("train", "kind") if k in essence},
     }
     machine = result.get("machine", {})
     wall_s = sum(e["wall_s"] for e in events if e.get("event") == "exit")
@@ -304,7 +303,6 @@ def read_table(path: Path) -> pd.DataFrame:
     absent = [c for c in RUN_COLUMNS[:36] if c not in frame.columns]
     if absent:
         raise ResultsError(
-            f"{path}: column '{absent[0]}' is missing; is this a table "
-            "that snnbench wrote?"
+            f"{path}: column '{absent[0]}' is missing; is this a table that snnbench wrote?"
         )
     return frame.reindex(columns=[*frame.columns, *(c for c in RUN_COLUMNS if c not in frame)])

@@ -64,6 +64,8 @@ def train(job: Job) -> dict[str, Any]:
     began = time.perf_counter()
     warm_up(job, train_split, WARM_UP_STEPS)
     synchronize(job.device)
+    if job.spec.kernel != "auto" and (why := job.engine.fallback):
+        job.emit({"event": "warning", "text": why})
     warm_up_s = time.perf_counter() - began
 
     at = begin(job, train_split)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from snnbench.job import Job
 from snnbench.lease import Lease
 from snnbench.methods import contract as contract_of_methods
 from snnbench.neurons import LIF, PRESETS, neuron_options
+from snnbench.oom import after_oom, is_out_of_memory, more_parts, size_asked_for
 from snnbench.spec import SCHEMA, RunSpec, did_you_mean, validate
 from snnbench.store import RunFolder
 from snnbench.team import team
@@ -50,8 +50,6 @@ from snnbench.train import train
 CLAIM_WAIT_S = 20.0
 LEASE_WAIT_S = 3.0
 BEAT_S = 1.0
-ASKED = re.compile(r"(?:allocate|allocated:?) +([\d.]+ *(?:[KMGT]i?B|bytes))", re.IGNORECASE)
-OOM_WORDS = ("not enough memory", "can't allocate memory")  # what torch says on a CPU
 Send = Callable[[dict[str, Any]], None]
 Work = Callable[..., dict[str, Any]]
 
@@ -225,7 +223,7 @@ def _finish(run: RunFolder, context: Context, place: Place, send: Send, work: Wo
     spec = None
     try:
         asked = run.spec()
-        spec, record["reason"] = _after_oom(asked, run)
+        spec, record["reason"] = after_oom(asked, run)
         run.append(
             {"event": "start", "run_id": run.run_id, "pid": os.getpid(), "time": time.time()}
         )
@@ -243,19 +241,19 @@ def _finish(run: RunFolder, context: Context, place: Place, send: Send, work: Wo
     except ResultsError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        record |= {"status": "oom", "reason": _size_asked_for(error)}
+        record |= {"status": "oom", "reason": size_asked_for(error)}
     except SnnbenchError as error:
         record |= {"status": "failed", "reason": str(error)}
     except Exception as error:
         traceback.print_exc()
-        out_of_memory = isinstance(error, RuntimeError) and any(w in str(error) for w in OOM_WORDS)
+        out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
         if out_of_memory:
-            record |= {"status": "oom", "reason": _size_asked_for(error)}
+            record |= {"status": "oom", "reason": size_asked_for(error)}
         else:
             reason = f"{type(error).__name__}: {_one_line(error)}"
             record |= {"status": "failed", "reason": reason}
     stop.ignore()
-    if record["status"] == "oom" and place.oom_split and (parts := _more_parts(spec)):
+    if record["status"] == "oom" and place.oom_split and (parts := more_parts(spec)):
         event = {"event": "oom_retry", "batch_split": parts, "reason": record["reason"]}
         run.append(event)
         send(event)
@@ -265,32 +263,6 @@ def _finish(run: RunFolder, context: Context, place: Place, send: Send, work: Wo
     run.finish(record)
     if record["status"] == "done":
         run.drop_checkpoints()
-
-
-def _after_oom(spec: RunSpec, run: RunFolder) -> tuple[RunSpec, str]:
-    """What to do, in the parts that the last lack of memory led to, and a word about it."""
-    tried = [e for e in run.events()[0] if e.get("event") == "oom_retry"]
-    if not tried:
-        return spec, ""
-    parts = tried[-1]["batch_split"]
-    reason = f"batches taken in {parts} parts, since in {parts // 2}: {tried[-1]['reason']}"
-    return replace(spec, train=replace(spec.train, batch_split=parts)), reason
-
-
-def _more_parts(spec: RunSpec | None) -> int | None:
-    """Twice as many parts of a batch; None where it cannot be divided so."""
-    if spec is None:
-        return None
-    parts = 2 * spec.train.batch_split
-    return None if spec.train.batch_size % (parts * spec.train.devices) else parts
-
-
-def _size_asked_for(error: BaseException) -> str:
-    """Why there was not enough memory, beginning with the size that was asked for."""
-    text = " ".join(str(error).split())
-    found = ASKED.search(text)
-    asked = found[1] if found else "a size that was not said"
-    return f"out of memory, asked for {asked}: {text[:240] or type(error).__name__}"
 
 
 def _measure(

@@ -30,6 +30,7 @@ ROWS = [
     (0.5, ["publish", "isolated"]),
     (1, ["spec", "stats", "neurons", "machine", "peers.results", "group", "lease", "team"]),
     (2, ["registry", "suite", "store", "kernels", "kernels.*"]),
+    (2.2, ["claims"]),
     (2.5, ["models.layer"]),
     (2.7, ["models", "models.*", "methods", "methods.*", "data", "data.*", "recipe"]),
     (3, ["measure.nvml"]),

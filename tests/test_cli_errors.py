@@ -333,10 +333,21 @@ def test_file_in_place_of_the_results(call: Call, here: Path, place: str) -> Non
     assert call("plan", "t.toml")[0] == ExitCode.OK
 
 
-def test_two_runs_of_one_suite(call: Call, here: Path) -> None:
-    with SuiteFolder(here / "results" / "t").claim():
-        error = one_line(call("run", "t.toml"), ExitCode.RESULTS)
-    assert "another `snnbench run` is working here" in error
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("status", ExitCode.RESULTS, "no suite was run yet"),
+        ("status t.toml", ExitCode.RESULTS, "suite 't' was not run yet"),
+        ("cancel t", ExitCode.RESULTS, "was not run yet"),
+        ("logs x", ExitCode.RESULTS, "no run 'x'"),
+        ("run t.toml --detach", ExitCode.USAGE, "give --executor slurm"),
+        ("run t.toml --set run.retries=-1", ExitCode.SUITE, "run.retries = -1"),
+        ("run t.toml --set run.retrys=1", ExitCode.SUITE, "did you mean 'retries'?"),
+        ("run t.toml --set slurm.gpu=1", ExitCode.SUITE, "did you mean 'gpus'?"),
+    ],
+)
+def test_mistakes_about_runs(call: Call, arguments: str, code: ExitCode, words: str) -> None:
+    assert words in one_line(call(*arguments.split()), code)
 
 
 @pytest.mark.parametrize(("number", "words"), [(28, "disk is full"), (30, "read-only")])

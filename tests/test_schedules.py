@@ -10,12 +10,13 @@ from conftest import without_timing, write_suite
 from test_train import make_job
 
 from snnbench import train as training
+from snnbench.claims import published_claims
 from snnbench.methods.shortcut import Shortcut
 from snnbench.recipe import phases
 from snnbench.report import content, markdown
 from snnbench.spec import Every, Inherit, MeasureConfig
 from snnbench.store import SuiteFolder
-from snnbench.suite import load, published_claims, shipped
+from snnbench.suite import load, shipped
 from snnbench.tables import Writer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,10 +181,10 @@ def test_figures_are_drawn_from_committed_tables(bench, tmp_path):
         assert len(png) > 5000
     svg = bench.run("plot", "saved", "tiny", "--results", results, "-o", tmp_path / "x" / "s.svg")
     assert svg.returncode == 0
-    assert "rate" in (tmp_path / "x" / "s.svg").read_text() or Path(tmp_path / "x" / "s.svg").stat()
+    assert "<svg" in (tmp_path / "x" / "s.svg").read_text()
     bad = bench.run("plot", "nonsense", "tiny", "--results", results)
     assert bad.returncode == 2
-    assert "it can be" in bad.stderr
+    assert "unknown figure 'nonsense'" in bad.stderr
     bad = bench.run("plot", "saved", "tiny", "--results", results, "-o", tmp_path / "s.nope")
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: ")

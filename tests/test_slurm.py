@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -65,6 +66,19 @@ def jobs(folder: Path) -> dict[str, str]:
 
 def epochs(folder: Path, name: str = "") -> int:
     return sum(e["event"] == "epoch" for e in events(folder, name))
+
+
+def test_the_commands_of_the_readme_work_in_their_order(on_slurm: Bench, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"## On a cluster\n\n```sh\n(.*?)```", readme, re.S)
+    commands = [shlex.split(line.partition("#")[0]) for line in block.splitlines()]
+    assert [words[1] for words in commands] == ["run", "run", "status", "logs", "cancel"]
+    for words in commands:
+        less = ["--set", "train.epochs=1", "--only", "seed=0,method=bptt"]
+        less = less if words[1] == "run" else []
+        ended = on_slurm.run(*words[1:], *less, "--results", tmp_path)
+        assert ended.returncode == 0, f"{words}\n{ended.stderr}"
+    assert [row["status"] for row in rows(tmp_path / "smoke")] == ["done"]
 
 
 def test_a_suite_on_slurm_equals_a_local_one(on_slurm: Bench, tmp_path: Path) -> None:

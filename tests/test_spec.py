@@ -86,7 +86,13 @@ OTHER: dict[tuple[str, ...], Any] = {
     ("precision",): "bf16",
     ("memory",): "balanced",
     ("train", "inherit"): {"T": 2, "epochs": 1},
-    ("measure",): {"gradient_fidelity": {"every": 2}},
+    ("measure",): {"gradient_fidelity": {"every": 2}, "target": None},
+    ("measure", "target"): 0.5,
+    ("kind",): "cost",
+    ("capacity",): {"memory_gib": 2.0},
+    ("train", "devices"): 2,
+    ("train", "batch_split"): 2,
+    ("train", "deterministic"): True,
     ("measure", "gradient_fidelity"): {"every": 1},
 }
 OTHER = {path: value for path, value in OTHER.items() if path in paths(JSON)}
@@ -265,7 +271,7 @@ def test_unknown_key_with_a_suggestion() -> None:
 def test_unknown_key_without_a_close_one_lists_them() -> None:
     (error,) = errors_of(TrainConfig, {"epochs": 1, "zzz": 2}, "train")
     assert error.startswith("train.zzz: unknown key; it can be: ")
-    assert "batch_size, clip_norm, " in error
+    assert "batch_size, batch_split, clip_norm, " in error
 
 
 @pytest.mark.parametrize("key", ["epochs", "lr", "momentum"])

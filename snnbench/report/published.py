@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from snnbench.claims import Claim, published_claims
 from snnbench.report.columns import percent
-from snnbench.suite import Claim, load, published_claims, shipped
+from snnbench.suite import load, shipped
 from snnbench.summary import Cell
 
 PUBLISHED_COLUMNS = [

@@ -1,0 +1,135 @@
+"""Many runs: what a suite costs beyond training grows with their number, and no faster."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Bench, events, rows, write_suite
+
+from snnbench import overview, planner, scale
+from snnbench.progress import Ledger
+from snnbench.spec import RunSpec, TrainConfig
+from snnbench.store import SuiteFolder
+
+SPEC = RunSpec(
+    dataset="digits", data={}, model="mlp", model_options={}, method="bptt", method_config={},
+    neuron={}, T=2, seed=0, train=TrainConfig(epochs=1),
+)  # fmt: skip
+
+
+def test_the_documented_bench_does_all_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cost = scale.measure(30, tmp_path)
+    assert cost.runs == 30
+    assert all(
+        value > 0 for name, value in dataclasses.asdict(cost).items() if name != "growth_mib"
+    )
+    assert cost.growth_mib < 10
+    assert cost.run_ms < 2000  # on a busy machine; see the bench for real figures
+
+
+@pytest.fixture
+def thousand(tmp_path: Path) -> SuiteFolder:
+    """A folder with a thousand finished runs."""
+    suite = SuiteFolder(tmp_path / "s")
+    specs = [dataclasses.replace(SPEC, seed=seed) for seed in range(1000)]
+    suite.write_plan({"runs": [s.run_id for s in specs]})
+    for spec in specs:
+        run = suite.run(spec.run_id)
+        run.path.mkdir(parents=True)
+        (run.path / "spec.json").write_text(json.dumps(spec.to_json()))
+        (run.path / "events.jsonl").write_text('{"event": "exit", "wall_s": 2.0}\n')
+        (run.path / "result.json").write_text('{"status": "done", "source_hash": "x"}')
+    return suite
+
+
+def test_ended_runs_are_read_once(thousand: SuiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = overview.look(thousand)
+    assert seen.counts == {"done": 1000}
+    assert seen.stale == 1000
+    read: list[Path] = []
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda p, *a: read.append(p) or real(p, *a))
+    began = time.perf_counter()
+    assert overview.look(thousand).counts == {"done": 1000}
+    assert time.perf_counter() - began < 2.0
+    assert {p.parent for p in read} == {thousand.path}  # the plan and the index, and no run
+    changed = thousand.run(SPEC.run_id)
+    (changed.path / "result.json").write_text('{"status": "failed", "reason": "changed"}')
+    assert overview.look(thousand).counts == {"failed": 1, "done": 999}
+
+
+def test_estimates_take_no_longer_with_every_run_done(thousand: SuiteFolder) -> None:
+    overview.look(thousand)
+    past = planner.Past(Ledger(thousand))
+    began = time.perf_counter()
+    for seed in range(1000, 2000):
+        assert past.estimate(dataclasses.replace(SPEC, seed=seed)) == 2.0
+    assert time.perf_counter() - began < 2.0
+
+
+def test_status_and_plan_tell_of_stale_results_and_run_does_them_again(
+    bench: Bench, tmp_path: Path
+) -> None:
+    suite = write_suite(tmp_path / "tiny.toml", ["bptt", "tet"], epochs=1)
+    both = bench.run("run", suite, "--results", tmp_path, "--jobs", 2)
+    assert both.returncode == 0, both.stderr
+    assert "their times are marked by parallel_jobs" in both.stderr
+    for path in (tmp_path / "tiny" / "runs").glob("*/result.json"):
+        assert json.loads(path.read_text())["parallel_jobs"] == 2
+    (old,) = (tmp_path / "tiny" / "runs").glob("*-bptt-*/result.json")
+    record = json.loads(old.read_text())
+    old.write_text(json.dumps(record | {"source_hash": "of another time"}))
+
+    planned = json.loads(bench.run("plan", suite, "--results", tmp_path, "--json").stdout)
+    assert [r["stale"] for r in planned["runs"]] == [True, False]
+    assert (planned["stale"], planned["todo"]) == (1, 0)
+    state = bench.run("status", "tiny", "--results", tmp_path)
+    assert "2 runs: 2 done; 1 stale: computed by other code" in state.stderr
+    assert state.stdout.count("done, stale") == 1
+    kept = bench.run("run", suite, "--results", tmp_path)
+    assert "1 results were computed by other code: --redo-stale" in kept.stderr
+
+    again = bench.run("run", suite, "--results", tmp_path, "--redo-stale", "--json")
+    assert json.loads(again.stdout)["runs"] == {"done": 1}
+    planned = json.loads(bench.run("plan", suite, "--results", tmp_path, "--json").stdout)
+    assert planned["stale"] == 0
+    assert len(list((tmp_path / "tiny" / "redone").iterdir())) == 1
+    assert {row["status"] for row in rows(tmp_path / "tiny")} == {"done"}
+
+
+def test_a_running_suite_is_seen_and_can_be_cancelled(bench: Bench, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "tiny.toml", "steady\ndelay_s = 0.1", seeds="[0, 1]", epochs=500)
+    process = bench.start("run", suite, "--results", tmp_path, "--jobs", 2, guest=True)
+    deadline = time.monotonic() + 120
+    while len({e["run_id"] for e in events(tmp_path / "tiny") if e["event"] == "start"}) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    while not [e for e in events(tmp_path / "tiny") if e["event"] == "epoch"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    state = json.loads(bench.run("status", "--results", tmp_path, "--json", guest=True).stdout)
+    assert state["counts"] == {"running": 2}
+    assert all(" on " in run["worker"] for run in state["runs"])
+    assert [run for run in state["runs"] if run.get("epochs") == 500]
+
+    one = state["runs"][0]["run_id"]
+    done = bench.run("cancel", "tiny", "--run", one, "--results", tmp_path, guest=True)
+    assert done.returncode == 0, done.stderr
+    state = json.loads(
+        bench.run("status", "tiny", "--results", tmp_path, "--json", guest=True).stdout
+    )
+    assert {r["run_id"]: r["status"] for r in state["runs"]}[one] == "interrupted"
+    assert state["counts"] == {"interrupted": 1, "running": 1}
+
+    assert bench.run("cancel", "tiny", "--results", tmp_path, guest=True).returncode == 0
+    ended = bench.wait(process)
+    assert ended.returncode == 130, ended.stderr
+    assert "2 runs at a time on one device disturb each other's clocks" in ended.stderr
+    assert {row["status"] for row in rows(tmp_path / "tiny")} == {"interrupted"}
