@@ -56,7 +56,10 @@ class Attempt:
         self._said: set[str] = set()
         context = self._context
         if not self._executor.remote:
-            place: dict[str, Any] = {"oom_split": self._policy.oom_retry.batch_split}
+            place: dict[str, Any] = {
+                "oom_split": self._policy.oom_retry.batch_split,
+                "checkpoint_s": self._policy.checkpoint_s,
+            }
             if self.lease is not None:
                 place["lease"] = self.lease.ticket()
             context = {**context, "place": place}

@@ -173,7 +173,10 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def capacity(
-    spec: RunSpec, make: Callable[[RunSpec], Job], check: Callable[[], None]
+    spec: RunSpec,
+    make: Callable[[RunSpec], Job],
+    check: Callable[[], None],
+    progressed: Callable[[], None],
 ) -> dict[str, Any]:
     """The largest T at the recipe's batch, and the largest batch at the recipe's T, that fit.
 
@@ -190,6 +193,7 @@ def capacity(
         trial = replace(spec, T=T, train=recipe)
         seen = isolated(lambda: try_steps(make(trial), wanted), check)
         trials.append({"T": T, "batch_size": batch, **seen})
+        progressed()
         return bool(seen.get("fits"))
 
     largest_T = largest(lambda T: fits(T, spec.train.batch_size), wanted.most_T, 1)

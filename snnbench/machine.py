@@ -17,6 +17,9 @@ from snnbench import __version__
 from snnbench.spec import canonical, digest
 
 
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "tonic")
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Hardware and versions, with `machine_id`: the same for equal machines."""
     hardware: dict[str, Any] = {
@@ -41,7 +44,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        "versions": {name: _version(name) for name in ("torch", "torchvision", "triton", "numpy", "tonic")},
+        "versions": {name: _version(name) for name in PACKAGES},
         "snnbench": __version__,
     }
 

@@ -31,7 +31,8 @@ class RunPolicy:
     `jobs` is how many run at a time (None: one a GPU, or one on a CPU). `retries` is how often a
     run whose process was killed from outside is taken up again. `heartbeat_s` is the longest time
     without a step before a process counts as hung. `lease_s` is how long another machine waits
-    for a sign of life before it takes a run over.
+    for a sign of life before it takes a run over. `checkpoint_s` is the time between checkpoints
+    within an epoch.
     """
 
     executor: Literal["local", "slurm"] = "local"
@@ -41,6 +42,7 @@ class RunPolicy:
     stop_after_same_failures: Annotated[int, Ge(0)] = 3
     oom_retry: OomRetry = field(default_factory=OomRetry)
     lease_s: Annotated[float, Gt(0)] = 60.0
+    checkpoint_s: Annotated[float, Ge(0)] = 60.0
 
 
 @dataclass(frozen=True)

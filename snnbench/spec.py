@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -211,10 +212,12 @@ def validate(cls: type[Config], values: Any, errors: list[str], path: str = "") 
     Types are not coerced, unknown keys are refused, and each line names the key path and value.
     """
     try:
-        return _adapter(cls).validate_json(json.dumps(values, default=str), strict=True)
+        wanted: Any = cls
+        found: Config = _adapter(wanted).validate_json(json.dumps(values, default=str), strict=True)
+        return found
     except ValidationError as error:
-        found = _one_per_mistake([dict(e) for e in error.errors()])
-        errors += [_explain(cls, e, path) for e in found]
+        mistakes = _one_per_mistake([dict(e) for e in error.errors()])
+        errors += [_explain(cls, e, path) for e in mistakes]
         return None
 
 
@@ -233,7 +236,8 @@ def plain_data_errors(values: Any, path: str = "") -> list[str]:
     return [line for where, value in parts for line in plain_data_errors(value, where)]
 
 
-def _adapter(cls: type[Config]) -> TypeAdapter[Config]:
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     for part in _dataclasses(cls):
         part.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     return TypeAdapter(cls)

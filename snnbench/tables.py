@@ -37,7 +37,8 @@ RUN_COLUMNS = (
     "optimizer_bytes", "activations_bytes", "peak_reserved_bytes", "peak_nvml_bytes", "data_share",
     "forward_share", "backward_share", "optimizer_share", "images_per_s", "timing_warning",
     "warm_up_s", "target", "time_to_target_s", "energy_to_target_j", "epochs_to_target",
-    "spikes_to_target", "largest_T", "largest_batch", "capacity_bound", "warnings",
+    "spikes_to_target", "largest_T", "largest_batch", "capacity_bound", "warnings", "parallel_jobs",
+    "batch_split",
 )  # fmt: skip
 EPOCH_COLUMNS = (
     "run_id", "suite", "dataset", "model", "method", "T", "seed", "epoch", "lr", "train_loss",
@@ -88,7 +89,7 @@ def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
         result = {"status": "missing", "reason": str(error)}
     events = folder.events()[0]
     essence = spec.essence()
-    settings = {
+    settings: dict[str, Any] = {
         "data": spec.data,
         "model": spec.model_options,
         "neuron": spec.neuron,

@@ -68,12 +68,13 @@ class Place:
 
     `parallel_jobs` is how many runs share its device at a time, which disturbs their clocks;
     `oom_split` lets a run that is out of memory take its batches in smaller parts; `lease` is
-    the ticket of the right to do the run.
+    the ticket of the right to do the run; `checkpoint_s` is the time between two checkpoints.
     """
 
     parallel_jobs: int = 1
     threads: int | None = None
     oom_split: bool = False
+    checkpoint_s: float = 60.0
     lease: dict[str, Any] = field(default_factory=dict)
 
     def check_lease(self) -> None:
@@ -281,7 +282,7 @@ def _measure(
 
     # Memory first, in a process of its own: this one then has not touched the device yet.
     if spec.kind == "capacity":
-        found = capacity(spec, fresh, stop.look)
+        found = capacity(spec, fresh, stop.look, stop.check)
         memory: dict[str, Any] = {}
     else:
         memory = probed(lambda: fresh(of_one_device(spec)), stop.look)
@@ -351,7 +352,7 @@ def _prepare(
         place.check_lease()
         run.save_checkpoint(buffer.getbuffer())
 
-    job.emit, job.save = emit, save
+    job.emit, job.save, job.checkpoint_every_s = emit, save, place.checkpoint_s
     data = job.data
     return (
         job,

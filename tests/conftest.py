@@ -52,11 +52,6 @@ epochs = {epochs}
 """
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Markers of tests that need more than Python."""
-    config.addinivalue_line("markers", "slurm: needs Debian's Slurm, and root to start it")
-
-
 class Bench:
     """Runs `snnbench` as a user would, each command in a process group of its own."""
 

@@ -29,7 +29,9 @@ ROWS = [
     (0, ["__init__", "errors", "allocator", "peers", "policy"]),
     (0.5, ["publish", "isolated"]),
     (1, ["spec", "stats", "neurons", "machine", "peers.results", "group", "lease", "team"]),
-    (2, ["registry", "suite", "store", "kernels", "kernels.*"]),
+    (2, ["registry", "store", "kernels", "kernels.*"]),
+    (2.1, ["entries", "oom", "warm"]),
+    (2.15, ["suite"]),
     (2.2, ["claims"]),
     (2.5, ["models.layer"]),
     (2.7, ["models", "models.*", "methods", "methods.*", "data", "data.*", "recipe"]),
@@ -39,8 +41,9 @@ ROWS = [
     (3.6, ["checkpoint", "job"]),
     (3.7, ["evaluate", "doctor"]),
     (4, ["train", "cost", "build"]),
-    (5, ["worker", "executors.base", "tables", "peers.tables", "peers.contestants", "progress"]),
-    (5.1, ["executors", "executors.local", "executors.queue", "collect"]),
+    (4.9, ["executors.base"]),
+    (5, ["worker", "tables", "peers.tables", "peers.contestants", "progress"]),
+    (5.1, ["scale_worker", "executors", "executors.local", "executors.queue", "collect"]),
     (5.2, ["executors.slurm", "summary", "planner", "attempt", "stopping"]),
     (5.4, ["report.columns", "report.source", "report.canvas", "overview"]),
     (5.6, ["report.findings", "report.published", "node"]),
@@ -48,6 +51,7 @@ ROWS = [
     (5.9, ["report.data", "report.markdown", "report.latex", "report.plots", "report.compare"]),
     (6, ["runner", "report", "report.*", "console", "scaffold", "peers.bench", "peers.child"]),
     (6.2, ["report.html", "report.export", "report.gate"]),
+    (6.5, ["scale"]),
     (7, ["cli_data"]),
     (7.1, ["cli_run", "cli_peers"]),
     (7.2, ["cli_report", "cli_doctor"]),
@@ -60,7 +64,6 @@ SIDEWAYS = {
     ("machine", "spec"),
     *(("kernels.fused", f"kernels.{m}") for m in ("rates", "reference")),
     *(("kernels.choice", f"kernels.{m}") for m in ("fused", "reference")),
-    ("suite", "registry"),
     ("runner", "planner"),
     ("measure.gradients", "methods.base"),
     *((m, "methods.base") for m in FILES if m.startswith("methods.")),
@@ -87,7 +90,8 @@ SIDEWAYS = {
 TORCH_FREE = [
     "errors", "spec", "suite", "registry", "store", "runner", "executors", "executors.*", "tables",
     "stats", "report", "report.*", "console", "cli", "cli_*", "planner", "attempt", "collect",
-    "lease", "node", "overview", "policy", "progress", "publish", "stopping", "summary", "peers", "peers.bench", "peers.results", "peers.tables",
+    "lease", "node", "overview", "policy", "progress", "publish", "stopping", "summary", "entries",
+    "claims", "oom", "scale", "peers", "peers.bench", "peers.results", "peers.tables",
 ]  # fmt: skip
 METHOD_SEES = {"neurons", "models.layer", "methods.base", "group", "kernels.rates"}
 NOT_A_METHOD = {"methods", "methods.base", "methods.contract", "methods.compose"}

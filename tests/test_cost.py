@@ -98,7 +98,9 @@ def test_the_order_of_the_cells_does_not_change_the_memory_figures():
     cells = [("bptt", 4), ("rate", 4), ("bptt", 1)]
 
     def round_of(order: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
-        return {cell: probed(lambda cell=cell: make_job(cell[0], T=cell[1]), never) for cell in order}
+        return {
+            cell: probed(lambda cell=cell: make_job(cell[0], T=cell[1]), never) for cell in order
+        }
 
     there, back = round_of(cells), round_of(cells[::-1])
     for cell in cells:
@@ -170,7 +172,7 @@ def test_more_memory_holds_more(monkeypatch):
         limit = Capacity(memory_gib=gib, most_T=64, most_batch=1)
         spec = dataclasses.replace(job.spec, kind="capacity", capacity=limit)
         found[gib] = capacity(
-            spec, lambda of: dataclasses.replace(make_job("bptt", T=of.T), spec=of), never
+            spec, lambda of: dataclasses.replace(make_job("bptt", T=of.T), spec=of), never, never
         )
     assert found[0.0625]["largest_T"] <= found[0.25]["largest_T"]
     assert found[0.25]["largest_batch"] == 1
@@ -180,7 +182,7 @@ def test_more_memory_holds_more(monkeypatch):
 def test_nothing_fits_into_no_memory():
     limit = Capacity(memory_gib=1e-9, most_T=4, most_batch=4)
     spec = dataclasses.replace(make_job().spec, kind="capacity", capacity=limit)
-    found = capacity(spec, lambda of: dataclasses.replace(make_job(), spec=of), never)
+    found = capacity(spec, lambda of: dataclasses.replace(make_job(), spec=of), never, never)
     assert found["largest_T"] is None
     assert "not even 1 fits" in found["nulls"]["largest_T"]
 

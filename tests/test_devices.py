@@ -132,21 +132,24 @@ def test_a_synced_norm_alone_is_the_norm(norm):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+def watched(work: Any) -> None:
+    """Have it done in a second process, and look after it until it fails."""
+    with team(2, work) as (_, check):
+        while True:
+            check()
+
+
 def test_a_process_that_fails_is_named():
     def work(rank: int, address: str) -> None:
         raise ValueError("no such luck")
 
     with pytest.raises(SnnbenchError, match="process 1 of 2: ValueError: no such luck"):
-        with team(2, work) as (_, check):
-            while True:
-                check()
+        watched(work)
 
 
 def test_a_process_that_dies_is_named():
     with pytest.raises(SnnbenchError, match=r"process 1 of 2: it ended with code 7"):
-        with team(2, lambda *_: os._exit(7)) as (_, check):
-            while True:
-                check()
+        watched(lambda *_: os._exit(7))
 
 
 def test_batches_must_be_divisible(bench, tmp_path):
@@ -157,8 +160,8 @@ def test_batches_must_be_divisible(bench, tmp_path):
 
 def test_two_devices_from_the_command_line(bench, tmp_path):
     done = bench.run(
-        "run", "smoke", "--only", "method=bptt", "--set", "axes.seed=[0]", "--set", "train.epochs=1",
-        "--set", "train.devices=2", "--results", tmp_path,
+        "run", "smoke", "--only", "method=bptt,seed=0", "--set", "train.epochs=1", "--set",
+        "train.devices=2", "--results", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "done: test" in done.stderr

@@ -219,3 +219,13 @@ def test_a_question_that_the_driver_does_not_answer_is_null(driver):
     seen = nvml.Gpu(GPU).describe()
     assert seen["driver"] == "570.1"
     assert seen["temperature_c"] is None
+
+
+def test_the_shortest_window_decides(rapl, monkeypatch):
+    times = iter([0.0, 10.0, 20.0, 20.001])  # a window of ten seconds, and one of a millisecond
+    monkeypatch.setattr(energy.time, "perf_counter", lambda: next(times))
+    joules = Joules(CPU, rapl)
+    for _ in range(2):
+        joules.start()
+        joules.stop()
+    assert "0.001 s is too short" in str(joules.doubt)

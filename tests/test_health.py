@@ -113,3 +113,22 @@ def test_silent_saturated_and_dead_by_hand():
     meter = Meter(quiet)
     quiet(torch.ones(4, 2, 1), meter)
     assert dead_layers(meter.totals()["layers"]) == ["chain.0"]
+
+
+def test_shares_of_a_network_are_weighted_by_neurons():
+    """A layer of three, one of them silent and one saturated, before a silent layer of one."""
+    first = Layer(linear([[1.0], [0.1], [0.7]]), neuron=LIF(decay=1.0))
+    net = Chain(first, Layer(linear([[0.0, 0.0, 0.0]]), neuron=LIF()))
+    meter = Meter(net)
+    net(torch.ones(4, 2, 1), meter)
+    totals = meter.totals()
+    assert totals["silent_share"] == pytest.approx((1 + 1) / 4)
+    assert totals["saturated_share"] == pytest.approx(1 / 4)
+
+
+def test_a_neuron_that_fires_in_one_sample_only_is_not_saturated():
+    net = Chain(Layer(linear([[1.0]]), neuron=LIF(decay=0.0)))
+    meter = Meter(net)
+    net(torch.tensor([[[1.0], [0.0]]] * 3), meter)  # three steps: sample 0 always, sample 1 never
+    (seen,) = meter.totals()["layers"]
+    assert (seen["silent_share"], seen["saturated_share"]) == (0, 0)

@@ -29,7 +29,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         ("capacity", ["kind=cost"], r"a \[capacity\] table belongs to kind = 'capacity'"),
         ("capacity", ["capacity.memory_gib=[]"], "capacity.memory_gib"),
         ("capacity", ["capacity.memory_gib=[-1]"], r"capacity.memory_gib\[0\] = -1"),
-        ("smoke", ["kind=speed"], "kind = \"speed\""),
+        ("smoke", ["kind=speed"], 'kind = "speed"'),
         ("smoke", ["measure.target=95"], "measure.target = 95"),
         ("smoke", ["train.batch_split=7"], "batch_split = 7: batch_size = 64 cannot be divided"),
     ],
@@ -103,9 +103,7 @@ def test_a_cost_suite_shows_what_grows_with_T(bench, tmp_path):
         "--only", "method=bptt,method=rate", "--results", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = {
-        (row["method"], row["T"]): row for row in rows(tmp_path / "scaling" / "runs.csv")
-    }
+    found = {(row["method"], row["T"]): row for row in rows(tmp_path / "scaling" / "runs.csv")}
     saved = {cell: int(row["saved_bytes"]) for cell, row in found.items()}
     assert saved["rate", "8"] == saved["rate", "1"]
     assert saved["bptt", "8"] > 4 * saved["bptt", "1"]

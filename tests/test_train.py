@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from snnbench import recipe as recipes
 from snnbench import registry, train
+from snnbench.cost import probe
 from snnbench.data.augment import pipeline
 from snnbench.data.base import Data, Split
 from snnbench.data.digits import Digits
 from snnbench.engine import Engine, resolve_precision
 from snnbench.errors import DivergedError
+from snnbench.job import Job, warm_up
 from snnbench.kernels import native
 from snnbench.kernels.choice import choose
 from snnbench.methods.base import Method
 from snnbench.models.convnet import ConvNet
 from snnbench.neurons import LIF
 from snnbench.spec import RunSpec, TrainConfig, sub_seed
-from snnbench.cost import probe
-from snnbench.job import Job, warm_up
 
 # The artificial twin has no spikes and T = 1 only: it is no case of its own for the loop.
 METHODS = [name for name in registry.BUILT_IN["methods"] if name != "ann"]
@@ -458,7 +458,11 @@ def epoch(number: int, val: float | None, test: float | None) -> dict[str, Any]:
 def test_selection_rules_by_hand(history, last, by_val, val_epoch, best):
     events = [epoch(i, *pair) for i, pair in enumerate(history, 1)]
     got = train.summary(
-        {"history": events, "step_ms": [1.0, 2.0, 3.0, 4.0, 10.0], "parts_ms": {"data": 1, "forward": 3}}
+        {
+            "history": events,
+            "step_ms": [1.0, 2.0, 3.0, 4.0, 10.0],
+            "parts_ms": {"data": 1, "forward": 3},
+        }
     )
     assert got["test_acc"] == last
     assert (got["test_acc_best_val"], got["best_val_epoch"]) == (by_val, val_epoch)
