@@ -16,7 +16,6 @@ import torch
 from snnbench import __version__
 from snnbench.spec import canonical, digest
 
-
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "tonic")
 
 

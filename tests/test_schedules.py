@@ -195,6 +195,7 @@ def test_the_methods_own_timesteps(bench, tmp_path):
     assert [(r["method"], r["T"]) for r in planned["runs"]] == [("bptt", 2), ("ann", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paper", ["rate", "tet", "shortcut", "grad_scale"])
 def test_paper_suites_try_out_on_real_cifar(bench, tmp_path, data_root, paper):
     small = ["train.epochs=1", "axes.T=[2]", "axes.seed=[0]", "axes.dataset=[cifar100]",

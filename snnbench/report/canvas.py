@@ -97,6 +97,14 @@ def logarithmic(axis: Any, which: str) -> None:
     side.set_minor_formatter(NullFormatter())
 
 
+def a_decade(axis: Any) -> None:
+    """Let a logarithmic y axis span a decade or more, so that it has ticks and no false slopes."""
+    low, high = axis.get_ylim()
+    if high < 10 * low:
+        middle = math.sqrt(low * high)
+        axis.set_ylim(middle / math.sqrt(10), middle * math.sqrt(10))
+
+
 def save(figure: Any, path: Path) -> Path:
     """Write a .png, .svg or .pdf file, without the time of day in it."""
     stamp = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)

@@ -1,9 +1,14 @@
-"""Figures from the tables. One that cannot be drawn says in one line what is missing for it."""
+"""Figures from the tables. One that cannot be drawn says in one line what is missing for it.
+
+Only seeds are pooled: whatever else differs, as a report's rows do, has a panel of its own.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,15 @@ import pandas as pd
 from snnbench import stats
 from snnbench.errors import ResultsError, UsageError
 from snnbench.report import canvas
+from snnbench.report.published import flat
 from snnbench.report.source import Source
 from snnbench.spec import did_you_mean
-from snnbench.summary import Cell, method_labels, summarise
+from snnbench.store import FAILURES
+from snnbench.summary import VARIANT, Cell, method_labels, summarise
+from snnbench.tables import CELL
 
 MOST_PANELS = 6
+TITLE_WIDTH = 46  # characters above a panel
 FACTORS = np.geomspace(1, 32, 200)
 
 
@@ -37,37 +46,81 @@ def inline(source: Source, figure: str) -> str:
 
 
 def _measured(source: Source, column: str) -> pd.DataFrame:
-    """Runs that are done and have the figure, with their labels."""
+    """Runs that are done and have the figure, with their labels; one seed counts once."""
     runs = source.runs
     runs = runs[runs["status"] == "done"]
     found = runs[runs[column].notna()] if column in runs else runs.iloc[:0]
     if found.empty:
         raise ResultsError(f"no run has a value of '{column}'")
+    found = found.drop_duplicates([*_keys(source), *VARIANT, "seed"], keep="last")
     return _labelled(source, found)
 
 
+def _keys(source: Source) -> list[str]:
+    """What a workload is, beside its method: runs that differ in it are never pooled."""
+    found = [k for k in CELL if k not in VARIANT]
+    return [*found, "results"] if source.apart else found
+
+
 def _labelled(source: Source, frame: pd.DataFrame) -> pd.DataFrame:
-    """With a column `label` and the number of its style, from the rows of runs."""
+    """With a column `label` and the number of its style, and the conditions of the runs."""
     labels = method_labels(source.runs)
     runs = source.runs.drop_duplicates(["results", "run_id"])
     keys = list(zip(runs["method"], runs["method_config"], strict=True))
-    names = runs[["results", "run_id"]].assign(
+    names = runs[["results", "run_id", *CELL]].assign(
         label=[labels[k] for k in keys], style=[list(labels).index(k) for k in keys]
     )
+    # Tables beside runs.csv have some of the conditions; a run has them all.
+    frame = frame.drop(columns=[c for c in (*CELL, "label", "style") if c in frame])
     return frame.merge(names, on=["results", "run_id"])
 
 
-def _workloads(frame: pd.DataFrame, *keys: str) -> tuple[list[tuple[str, pd.DataFrame]], str]:
-    """The rows of each panel with its title, and what to say if there are too many panels."""
-    names = [k for k in keys if frame[k].nunique(dropna=False) > 1]
+def _of_done_runs(source: Source, frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table beside runs.csv that belong to runs that are done, one run a seed."""
+    done = source.runs[source.runs["status"] == "done"]
+    done = done[done["run_id"].isin(set(frame["run_id"]))]
+    done = done.drop_duplicates([*_keys(source), *VARIANT, "seed"], keep="last")
+    return _labelled(source, frame.merge(done[["results", "run_id"]], on=["results", "run_id"]))
+
+
+def _workloads(
+    source: Source, frame: pd.DataFrame, most: int = MOST_PANELS, but: str = ""
+) -> tuple[list[tuple[str, pd.DataFrame]], str]:
+    """The rows of each panel with its title, and what to say if there are too many panels.
+
+    What no figure can show along its axes differs between panels; `but` is what this one does.
+    """
+    names = [k for k in _keys(source) if k != but and frame[k].nunique(dropna=False) > 1]
     if not names:
         return [("", frame)], ""
+    settings = _settings(source.runs)
     found = [
-        (", ".join(f"{k} = {v}" for k, v in zip(names, key, strict=True)), rows)
+        (_title(dict(zip(names, key, strict=True)), settings), rows)
         for key, rows in frame.groupby(names, dropna=False)
     ]
-    more = f" (the first {MOST_PANELS} of {len(found)})" if len(found) > MOST_PANELS else ""
-    return found[:MOST_PANELS], more
+    return found[:most], _left_out(len(found), most)
+
+
+def _left_out(count: int, most: int) -> str:
+    return f"; the first {most} of {count} panels, --where chooses others" if count > most else ""
+
+
+def _title(varied: Mapping[str, Any], settings: Mapping[str, str]) -> str:
+    """What sets a panel apart, in words that a reader knows."""
+    parts = []
+    for name, value in varied.items():
+        text = "none" if pd.isna(value) else str(value)
+        parts.append(settings.get(text, text) if name == "settings_hash" else f"{name} = {text}")
+    return "\n".join(textwrap.wrap(", ".join(parts), TITLE_WIDTH))
+
+
+def _settings(runs: pd.DataFrame) -> dict[str, str]:
+    """By hash of the settings, those in which they differ."""
+    both = runs[["settings_hash", "settings"]].dropna().drop_duplicates("settings_hash")
+    found = {str(h): flat(json.loads(s)) for h, s in both.itertuples(index=False)}
+    keys = sorted({k for f in found.values() for k in f})
+    varied = [k for k in keys if len({str(f.get(k)) for f in found.values()}) > 1]
+    return {h: ", ".join(f"{k} = {f.get(k)}" for k in varied) or h for h, f in found.items()}
 
 
 def _by_label(frame: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:
@@ -81,21 +134,30 @@ def _interval(values: pd.Series) -> tuple[float, float]:
     return (math.nan, 0.0) if e is None else (e.mean, e.half or 0.0)
 
 
-def over_timesteps(column: str, name: str, scale: float) -> Callable[[Source], Any]:
-    """A figure of one column against the number of timesteps, mean and interval over seeds."""
+def over_timesteps(
+    column: str, name: str, scale: float, cost: bool = False
+) -> Callable[[Source], Any]:
+    """A figure of one column against the number of timesteps, mean and interval over seeds.
+
+    Both axes of a cost are logarithmic: what grows with T is a line of slope 1.
+    """
 
     def figure_of(source: Source) -> Any:
         frame = _measured(source, column)
-        rooms, more = _workloads(frame, "dataset", "model", "machine_id", "kernel", "precision")
+        rooms, more = _workloads(source, frame, but="T")
         figure, axes = canvas.grid(
             len(rooms), f"{source.title}: mean and 95% interval over seeds{more}"
         )
+        straight = cost and bool((frame[column] > 0).all())
         for axis, (title, rows) in zip(axes, rooms, strict=True):
             for label, i, mine in _by_label(rows):
                 at = [(T, *_interval(g[column] * scale)) for T, g in mine.groupby("T")]
                 steps, means, halves = zip(*at, strict=True)
                 axis.errorbar(steps, means, halves, label=label, **canvas.style(i))
             canvas.timesteps(axis, sorted(rows["T"].unique()))
+            if straight:
+                canvas.logarithmic(axis, "y")
+                canvas.a_decade(axis)
             axis.set_title(title)
             axis.set_ylabel(name)
         canvas.legend(figure, axes)
@@ -111,18 +173,27 @@ def pareto(column: str, name: str, scale: float) -> Callable[[Source], Any]:
         _measured(source, column)
         accurate = _measured(source, "test_acc")
         styles = dict(zip(accurate["label"], accurate["style"], strict=True))
-        cells = [
+        by = ["results"] if source.apart else []
+        known = [
             c
-            for c in summarise(source.runs, metrics=[column])
+            for c in summarise(source.runs, metrics=[column], by=by)
             if _known(c, "test_acc") and _known(c, column)
         ]
-        keys = ("dataset", "model", "machine_id")
-        varied = [k for k in keys if len({str(c.conditions[k]) for c in cells}) > 1]
+        # Nothing is no cost to weigh: a network without spikes would be the front's left end.
+        cells = [c for c in known if _mean(c, column) > 0]
+        without = list(dict.fromkeys(c.label for c in known if c not in cells))
+        if not cells:
+            raise ResultsError(f"no run has both 'test_acc' and a '{column}' above 0")
+        varied = [
+            k for k in _keys(source) if k != "T" and len({str(c.conditions[k]) for c in cells}) > 1
+        ]
+        settings = _settings(source.runs)
         rooms: dict[str, list[Cell]] = {}
         for c in cells:
-            title = ", ".join(f"{k} = {c.conditions[k]}" for k in varied)
+            title = _title({k: c.conditions[k] for k in varied}, settings)
             rooms.setdefault(title, []).append(c)
-        more = f" (the first {MOST_PANELS} of {len(rooms)})" if len(rooms) > MOST_PANELS else ""
+        more = f"; without {', '.join(without)}, where it is 0" if without else ""
+        more += _left_out(len(rooms), MOST_PANELS)
         shown = list(rooms.items())[:MOST_PANELS]
         figure, axes = canvas.grid(
             len(shown),
@@ -171,6 +242,11 @@ def _known(cell: Cell, column: str) -> bool:
     return e is not None and math.isfinite(e.mean)
 
 
+def _mean(cell: Cell, column: str) -> float:
+    e = cell.estimates.get(column)
+    return math.nan if e is None else e.mean
+
+
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Points that no other is left of (cheaper) and at least as high as, from left to right."""
     front: list[tuple[float, float]] = []
@@ -185,12 +261,10 @@ def curves(source: Source) -> Any:
     frame = source.epochs
     if frame.empty or "train_loss" not in frame:
         raise ResultsError("no epochs.csv with 'train_loss' beside the table of runs")
-    ended = source.runs.loc[source.runs["status"] == "done", ["results", "run_id"]]
-    frame = _labelled(source, frame.merge(ended, on=["results", "run_id"]))
+    frame = _of_done_runs(source, frame)
     if frame.empty:
         raise ResultsError("no run that is done has epochs")
-    rooms, more = _workloads(frame, "dataset", "model", "T")
-    rooms = rooms[:3]
+    rooms, more = _workloads(source, frame, most=3)
     down, along = (2, len(rooms)) if len(rooms) > 1 else (1, 2)
     figure, axes = canvas.panels(
         down, along, f"{source.title}: mean and 95% interval over seeds{more}"
@@ -229,26 +303,28 @@ def by_layer(source: Source) -> Any:
     columns = [c for c in named if c in frame and frame[c].notna().any()]
     if not columns:
         raise ResultsError("no layers.csv with 'firing_rate' or 'grad_norm' was written")
-    frame = _labelled(source, frame)
-    T = source.runs.drop_duplicates(["results", "run_id"]).set_index(["results", "run_id"])["T"]
-    at = pd.MultiIndex.from_frame(frame[["results", "run_id"]])
-    frame = frame.assign(T_of_run=T.reindex(at).to_numpy())
-    frame = frame[frame["T_of_run"] == frame["T_of_run"].max()]
+    frame = _of_done_runs(source, frame)
+    if frame.empty:
+        raise ResultsError("no run that is done has layers")
+    frame = frame[frame["T"] == frame["T"].max()]
+    rooms, more = _workloads(source, frame, most=3)
     figure, axes = canvas.panels(
-        1, len(columns), f"{source.title}: by layer, T = {frame['T_of_run'].max()}"
+        len(rooms), len(columns), f"{source.title}: by layer, T = {frame['T'].max()}{more}"
     )
-    for axis, column in zip(axes[0], columns, strict=True):
-        for label, i, mine in _by_label(frame):
-            mine = mine[mine[column].notna()]
-            values = [(d, *_interval(g[column])) for d, g in mine.groupby("depth")]
-            if values:
-                axis.errorbar(*zip(*values, strict=True), label=label, **canvas.style(i))
-        axis.set_xlabel("layer, by depth")
-        axis.set_ylabel(named[column])
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        if column == "grad_norm" and (frame[column].dropna() > 0).all():
-            canvas.logarithmic(axis, "y")
-    canvas.legend(figure, axes[0])
+    for row, (title, rows) in zip(axes, rooms, strict=True):
+        for axis, column in zip(row, columns, strict=True):
+            for label, i, mine in _by_label(rows):
+                mine = mine[mine[column].notna()]
+                values = [(d, *_interval(g[column])) for d, g in mine.groupby("depth")]
+                if values:
+                    axis.errorbar(*zip(*values, strict=True), label=label, **canvas.style(i))
+            axis.set_title(title if axis is row[0] else "")
+            axis.set_xlabel("layer, by depth")
+            axis.set_ylabel(named[column])
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            if column == "grad_norm" and (rows[column].dropna() > 0).all():
+                canvas.logarithmic(axis, "y")
+    canvas.legend(figure, axes.flat)
     return figure
 
 
@@ -260,8 +336,12 @@ def fidelity(source: Source) -> Any:
             "no gradient fidelity was measured; set [measure.gradient_fidelity] every = 1 in the "
             "suite"
         )
+    frame = _of_done_runs(source, frame)
+    if frame.empty:
+        raise ResultsError("no run that is done has its gradients compared")
     last = frame["T"].max()
-    frame = _labelled(source, frame[frame["T"] == last])
+    frame = frame[frame["T"] == last]
+    _one_workload(source, frame)
     when = {"at initialisation": frame["epoch"].min(), "after training": frame["epoch"].max()}
     figure, axes = canvas.panels(2, len(when), f"Gradients against exact BPTT, T = {last}")
     for row, (column, name) in enumerate((("cos", "cosine"), ("norm_ratio", "norm ratio"))):
@@ -279,19 +359,40 @@ def fidelity(source: Source) -> Any:
     return figure
 
 
+def _one_workload(source: Source, frame: pd.DataFrame) -> None:
+    """Raises ResultsError where a figure without room for panels would pool what differs."""
+    settings = _settings(source.runs)
+    for k in _keys(source):
+        values = [str(v) for v in frame[k].unique()]
+        if len(values) > 1:
+            how = "plot each folder alone" if k == "results" else f"--where {k}={values[0]}"
+            words = [settings.get(v, v) if k == "settings_hash" else v for v in values]
+            raise ResultsError(
+                f"the runs differ in {k} ({'; '.join(words)}), which must not be pooled; choose "
+                f"one: {how}"
+            )
+
+
 def profiles(source: Source) -> Any:
     """Share of workloads on which a method reaches the target within a factor of the fastest."""
     try:
-        frame = _measured(source, "time_to_target_s")
+        _measured(source, "time_to_target_s")
     except ResultsError as error:
         raise ResultsError(f"{error}; set [measure] target in the suite") from error
-    keys = ["dataset", "model", "T", "settings_hash", "machine_id", "seed"]
-    costs_by = frame.groupby([*keys, "label"])["time_to_target_s"].min()
-    table = costs_by.unstack("label").dropna()  # what every method was tried on
+    runs = _aimed(source)
+    # `ann` runs at T = 1 only, where it has no partner.
+    frame = _labelled(source, runs[runs["method"] != "ann"])
+    keys = [*_keys(source), "target", "seed"]
+    workloads = frame[keys].astype("string").fillna("").agg("|".join, axis=1)
+    table = frame.assign(at=workloads).drop_duplicates(["at", "label"], keep="last")
+    table = table.pivot(index="at", columns="label", values="time_to_target_s").dropna()
     if table.empty:
         raise ResultsError("no workload and seed on which every method was tried")
     figure, axes = canvas.panels(
-        1, 1, f"{source.title}: time to target over {len(table)} workloads and seeds"
+        1,
+        1,
+        f"{source.title}: time to target over {len(table)} workloads and seeds\n"
+        "a run that ended badly has missed it",
     )
     axis = axes[0][0]
     costs = {str(label): table[label].tolist() for label in table}
@@ -308,15 +409,24 @@ def profiles(source: Source) -> Any:
     return figure
 
 
+def _aimed(source: Source) -> pd.DataFrame:
+    """Runs with a target and the time to it: infinity for those that ended without figures."""
+    runs = source.runs
+    failed = runs["status"].isin(FAILURES) & runs["target"].notna()
+    time_s = pd.to_numeric(runs["time_to_target_s"]).mask(failed, math.inf)
+    known = time_s.notna() & (failed | (runs["status"] == "done"))
+    return runs.assign(time_to_target_s=time_s)[known]
+
+
 FIGURES: dict[str, Callable[[Source], Any]] = {
     "pareto-time": pareto("train_s", "training time, s", 1),
     "pareto-memory": pareto("saved_bytes", "saved for backward, MiB", 2**-20),
     "pareto-sops": pareto("sops_per_sample", "synaptic operations per sample", 1),
     "pareto-spikes": pareto("spikes_per_sample", "spikes per sample", 1),
     "accuracy": over_timesteps("test_acc", "test accuracy, last epoch, %", 100),
-    "saved": over_timesteps("saved_bytes", "saved for backward, MiB", 2**-20),
-    "peak": over_timesteps("peak_bytes", "peak memory, MiB", 2**-20),
-    "step": over_timesteps("step_ms_p50", "training step, ms", 1),
+    "saved": over_timesteps("saved_bytes", "saved for backward, MiB", 2**-20, cost=True),
+    "peak": over_timesteps("peak_bytes", "peak memory, MiB", 2**-20, cost=True),
+    "step": over_timesteps("step_ms_p50", "training step, ms", 1, cost=True),
     "cosine": over_timesteps("grad_cos_bptt_init", "cosine to BPTT at initialisation", 1),
     "curves": curves,
     "layers": by_layer,
