@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -111,9 +112,9 @@ def report(
         from snnbench.report.published import PUBLISHED_COLUMNS
 
         built = content.build(folders, view)
-        console.print_report(built, content.LEGEND, PUBLISHED_COLUMNS, ACROSS_COLUMNS)
-        name = folders[-1].path.name
-        console.hint(f"snnbench report {name} -o report.html, or snnbench show RUN_ID")
+        console.print_report(built, built.legend, PUBLISHED_COLUMNS, ACROSS_COLUMNS)
+        name, there = named(folders[-1]), where_of(folders[-1])
+        console.hint(f"snnbench report {name} -o report.html, or snnbench show RUN_ID{there}")
         return
     give(_written(format_, folders, view), output)
 
@@ -203,7 +204,7 @@ def plot(
                 console.say(f"written: {into / name}.png, .svg")
             except ResultsError as error:
                 console.say(f"not drawn: {name}: {error}")
-    console.hint(f"snnbench report {folders[-1].path.name}")
+    console.hint(f"snnbench report {named(folders[-1])}")
 
 
 def show(run_id: str, results: Results = Path("results"), as_json: Json = False) -> None:
@@ -225,7 +226,7 @@ def show(run_id: str, results: Results = Path("results"), as_json: Json = False)
         console.print_json(details)
         return
     console.print_run(details)
-    console.hint(f"snnbench report {suite_folder.path.name}{log}")
+    console.hint(f"snnbench report {named(suite_folder)}{log}")
 
 
 def export(
@@ -255,6 +256,18 @@ def export(
         give(rooms.archive(folder), target)
     else:
         raise UsageError(f"--output {target}: write a .zip (everything) or .json (NeuroBench)")
+
+
+def named(folder: SuiteFolder) -> str:
+    """The folder as a command finds it: a suite below `results`, and a path elsewhere."""
+    path = folder.path
+    return shlex.quote(path.name if path.parent == Path("results") else str(path))
+
+
+def where_of(folder: SuiteFolder) -> str:
+    """The option that names the folder above, where that is not the default."""
+    root = folder.path.parent
+    return "" if root == Path("results") else f" --results {shlex.quote(str(root))}"
 
 
 def results_of(what: list[str] | None, results: Path) -> list[SuiteFolder]:

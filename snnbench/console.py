@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
+from rich.markup import escape as unmarked
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
@@ -27,6 +28,14 @@ if TYPE_CHECKING:  # they import pandas, which takes half a second
 
 COLOURS = {"done": "green", "running": "blue", "missing": "dim", "interrupted": "yellow",
            "skipped": "yellow"} | dict.fromkeys(FAILURES, "red")  # fmt: skip
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def escape(text: str) -> str:
+    """Text that is shown as it is: no markup, and nothing that the terminal itself would obey."""
+    return unmarked(_CONTROL.sub("", text))
 
 
 def print_data(text: str) -> None:
@@ -137,7 +146,7 @@ def print_report(
     console = Console(highlight=False)
     console.print(f"[bold]{escape(report.title)}[/]", escape(report.claim), soft_wrap=True)
     for fact in report.facts:
-        console.print(f"  {escape(fact)}", soft_wrap=True)
+        console.print(f"  {escape(fact)}", soft_wrap=not console.is_terminal)
     console.print()
     for columns in _fitting(report, console):
         chosen = [report.columns[i] for i in columns]
@@ -154,7 +163,7 @@ def print_report(
     if report.published:
         print_table(published_columns, report.published, wrap=["source"])
     for note in report.notes:
-        console.print(f"  {escape(note)}", soft_wrap=True)
+        console.print(f"  {escape(note)}", soft_wrap=not console.is_terminal)
 
 
 def _fitting(report: Report, console: Console) -> list[list[int]]:

@@ -13,6 +13,7 @@ from snnbench import __version__
 from snnbench.errors import UsageError
 from snnbench.registry import components
 from snnbench.spec import did_you_mean
+from snnbench.stats import fewest_seeds
 from snnbench.suite import SUITE_NAME, load
 
 
@@ -81,6 +82,7 @@ def new_suite(answers: Questions, path: Path) -> Path:
         raise UsageError("seeds and epochs are integers from 1")
     if path.exists():
         raise UsageError(f"{path} exists already; name another file with --output")
+    rivals = max(1, len(names["methods"]) - 1)  # Holm corrects over them
     template = files("snnbench") / "_templates" / "suite.toml.txt"
     text = Template(template.read_text("utf-8")).substitute(
         title=" ".join(answers.claim.split()),
@@ -92,6 +94,8 @@ def new_suite(answers: Questions, path: Path) -> Path:
         models=json.dumps(names["models"]),
         T=f"[{', '.join(str(int(T)) for T in steps)}]",
         seeds=json.dumps(list(range(answers.seeds))),
+        fewest=fewest_seeds(rivals),
+        rivals=f"{rivals} method{'s' * (rivals > 1)} beside the baseline",
         epochs=answers.epochs,
         methods="".join(f"\n[[method]]\nname = {json.dumps(m)}\n" for m in names["methods"]),
     )

@@ -5,7 +5,8 @@ Legend: n values of one method, one per seed; R resamples; W workloads (dataset,
 Few seeds are the rule. The headline interval is therefore Student's t. A bootstrap interval of the
 mean never leaves the range of the data, and that range holds the mean of a symmetric distribution
 with a probability of only 1 - 2^(1-n): 75% at n = 3, 97% at n = 6. The exact sign-flip test has
-the same bound from the other side: its smallest two-sided p is 2^(1-n).
+the same bound from the other side: its smallest two-sided p is 2^(1-n), and m times that after
+Holm's correction over m tests.
 
 Sources: Hesterberg, The American Statistician 69:371 (2015), expanded percentiles; Holm,
 Scand. J. Statist. 6:65 (1979); Agarwal et al., NeurIPS 2021, interquartile mean and probability of
@@ -18,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,9 @@ Floats = NDArray[np.float64]
 ALPHA = 0.05
 RESAMPLES = 4_999
 EXACT_UP_TO = 16  # 2^16 patterns of signs are enumerated; beyond, some are drawn
+EXACT_SPLITS = 20_000  # of two groups; that of 8 and 8 values has 12,870
 MOST_SEEDS = 1_000
+ROUNDING = 1e-9  # of a mean: what its values differ by less is rounding, not spread
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,15 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the 95% interval leaves 0 out."""
-        return self.half is not None and abs(self.mean) > self.half
+        """Whether the 95% interval leaves 0 out; one without width if n equal signs do so, too."""
+        if self.half is None:
+            return False
+        return smallest_p(self.n) <= ALPHA if self.equal else abs(self.mean) > self.half
+
+    @property
+    def equal(self) -> bool:
+        """Whether all values are one, other than 0, so that nothing is known of their spread."""
+        return self.half is not None and self.mean != 0 and self.half <= ROUNDING * abs(self.mean)
 
     @property
     def p(self) -> float | None:
@@ -51,8 +62,10 @@ class Estimate:
         """
         if self.half is None:
             return None
+        if self.equal:
+            return smallest_p(self.n)
         if self.half == 0:
-            return 1.0 if self.mean == 0 else smallest_p(self.n)
+            return 1.0
         from scipy.special import stdtr
 
         return float(2 * stdtr(self.n - 1, -abs(self.mean) / self.half * _t(self.n - 1)))
@@ -64,12 +77,15 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate | None:
-    """Mean and Student-t interval; None without values. A miss (infinity) makes the mean one."""
+    """Mean and Student-t interval; None without values.
+
+    A miss (infinity) makes the mean one of its sign; what has no mean makes it NaN.
+    """
     n = len(values)
     if n == 0:
         return None
     if not all(map(math.isfinite, values)):
-        return Estimate(math.inf if math.inf in values else math.nan, None, n)
+        return Estimate(float(sum(v for v in values if not math.isfinite(v))), None, n)
     mean = math.fsum(values) / n
     if n == 1:
         return Estimate(mean, None, 1)
@@ -183,9 +199,46 @@ def _signs(n: int) -> NDArray[np.int8]:
     return (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.int8)
 
 
-def smallest_p(n: int) -> float:
-    """The smallest two-sided p that a sign-flip test of n pairs can give: 0.25 at n = 3."""
-    return min(1.0, 2.0 ** (1 - n))
+def permutation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Two-sided p of the permutation test of two means that nothing pairs; None without values.
+
+    Exact, by all ways to split the values into groups of these sizes, up to `EXACT_SPLITS`;
+    beyond, by random ones, of which the seen one counts as one more.
+    """
+    both = np.asarray([*a, *b], float)
+    if not a or not b or not np.isfinite(both).all():
+        return None
+    sums = both[_splits(len(a), len(b))].sum(axis=1)
+    off = np.abs(sums - both.sum() * len(a) / len(both))
+    seen = abs(both[: len(a)].sum() - both.sum() * len(a) / len(both))
+    extreme = int((off >= seen - 1e-12 * np.abs(both).sum()).sum())
+    if math.comb(len(both), len(a)) > EXACT_SPLITS:
+        return (1 + extreme) / (1 + len(off))
+    return extreme / len(off)
+
+
+@cache
+def _splits(n: int, m: int) -> NDArray[np.int32]:
+    """Places of the first group [splits, n] among n + m values."""
+    if math.comb(n + m, n) > EXACT_SPLITS:
+        rng = np.random.default_rng([n, m])
+        return rng.permuted(np.tile(np.arange(n + m, dtype=np.int32), (RESAMPLES, 1)), axis=1)[
+            :, :n
+        ]
+    return np.array(list(combinations(range(n + m), n)), np.int32)
+
+
+def smallest_p(n: int, tests: int = 1) -> float:
+    """The smallest two-sided p that a sign-flip test of n pairs can give: 0.25 at n = 3.
+
+    Of so many tests of n pairs each, after Holm's correction over them.
+    """
+    return min(1.0, tests * 2.0 ** (1 - n))
+
+
+def fewest_seeds(tests: int = 1) -> int:
+    """Pairs without which an exact test at 5% can show nothing: 6, or 8 for 3 to 6 tests."""
+    return next(n for n in range(2, MOST_SEEDS) if smallest_p(n, tests) <= ALPHA)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -198,12 +251,15 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def seeds_needed(difference: float, deviation: float, power: float = 0.8) -> int | None:
+def seeds_needed(
+    difference: float, deviation: float, power: float = 0.8, tests: int = 1
+) -> int | None:
     """Pairs with which a paired t-test at 5% finds the difference; None beyond 1,000.
 
-    Never fewer than an exact test of that level needs (6).
+    Of several tests each is taken at 5% over their number, as Holm takes the first of them. Never
+    fewer than exact tests of that level need.
     """
-    least = next(n for n in range(2, 99) if smallest_p(n) <= ALPHA)
+    least = fewest_seeds(tests)
     if not (math.isfinite(difference) and math.isfinite(deviation)) or difference == 0:
         return None
     if deviation == 0:
@@ -212,7 +268,8 @@ def seeds_needed(difference: float, deviation: float, power: float = 0.8) -> int
 
     n = np.arange(least, MOST_SEEDS + 1)
     shift = np.minimum(abs(difference) / deviation * np.sqrt(n), 30.0)
-    found = nct.sf([_t(int(k) - 1) for k in n], n - 1, shift) >= power
+    limits = [_t(int(k) - 1, 1 - ALPHA / tests) for k in n]
+    found = nct.sf(limits, n - 1, shift) >= power
     return int(n[found][0]) if found.any() else None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,11 @@ VARIANT = ("method", "method_config")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Last-epoch accuracy less the baseline's, by pairs; p are those of exact sign-flip tests."""
+    """Last-epoch accuracy less the baseline's, by pairs; p are those of exact sign-flip tests.
+
+    `tests` is over how many comparisons Holm corrects, `p_least` the smallest corrected p that
+    these numbers of pairs could have given.
+    """
 
     baseline: str
     values: tuple[float, ...]
@@ -34,6 +38,8 @@ class Comparison:
     p: float | None
     p_holm: float | None
     improvement: float | None
+    tests: int = 1
+    p_least: float = 1.0
 
     @property
     def shown(self) -> bool:
@@ -52,6 +58,7 @@ class Cell:
     estimates: Mapping[str, stats.Estimate | None]
     accuracies: tuple[float, ...]
     versus: Comparison | None
+    nulls: Mapping[str, str] = field(default_factory=dict)  # what was not measured, and why
 
     @property
     def workload(self) -> tuple[tuple[str, str], ...]:
@@ -98,6 +105,7 @@ def summarise(
                     {m: stats.estimate(v) for m, v in values.items()},
                     tuple(values["test_acc"]),
                     None,
+                    _nulls(done["null_reasons"][rows]),
                 )
             )
         accuracy = {
@@ -120,6 +128,15 @@ def _floats(column: pd.Series) -> np.ndarray[Any, np.dtype[np.float64]]:
 def _finite_or_missed(values: np.ndarray[Any, Any]) -> list[float]:
     """Measured values; infinity, a miss, is one."""
     return [float(v) for v in values if not np.isnan(v)]
+
+
+def _nulls(reasons: pd.Series) -> dict[str, str]:
+    """Why a figure was not measured, by its name; the reasons of several runs follow each other."""
+    found: dict[str, dict[str, None]] = {}
+    for text in reasons.dropna().unique():
+        for name, why in json.loads(text).items():
+            found.setdefault(name, {})[str(why)] = None
+    return {name: "; ".join(whys) for name, whys in found.items()}
 
 
 def _pairs(runs: pd.DataFrame) -> np.ndarray[Any, Any]:
@@ -162,8 +179,18 @@ def _compared(
         found[cell.label] = Comparison(baseline, tuple(values), difference, p, p, above)
     tested = {label: c.p for label, c in found.items() if c.p is not None}
     corrected = dict(zip(tested, stats.holm(list(tested.values())), strict=True))
+    able = stats.holm([stats.smallest_p(len(found[label].values)) for label in tested])
+    least = dict(zip(tested, able, strict=True))
     return [
-        replace(c, versus=replace(found[c.label], p_holm=corrected.get(c.label)))
+        replace(
+            c,
+            versus=replace(
+                found[c.label],
+                p_holm=corrected.get(c.label),
+                tests=max(1, len(tested)),
+                p_least=least.get(c.label, 1.0),
+            ),
+        )
         if c.label in found
         else c
         for c in cells

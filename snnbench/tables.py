@@ -274,6 +274,8 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _publish(path: Path, rows: list[dict[str, Any]], columns: Iterable[str]) -> None:
+    # NaN is a fault that a gate must see, and no empty cell, which is "not measured".
+    rows = [{k: "nan" if v != v else v for k, v in row.items()} for row in rows]
     # dtype object: beside an empty cell an integer stays an integer, and True stays True.
     text = pd.DataFrame(rows, columns=list(columns), dtype=object).to_csv(index=False)
     publish(path, partial(_write_text, text))
@@ -295,7 +297,11 @@ def read_table(path: Path) -> pd.DataFrame:
             path,
             dtype=dict.fromkeys(TEXT_COLUMNS, "string"),
             keep_default_na=False,  # a reason may read "None"
-            na_values={name: [""] for name in RUN_COLUMNS if name != "reason"},
+            na_values={
+                name: ["", "nan", "NaN"] if name in ESTIMATED else [""]
+                for name in RUN_COLUMNS
+                if name != "reason"
+            },
         )
     except FileNotFoundError as error:
         raise ResultsError(f"{path}: no results yet; `snnbench run` makes them") from error

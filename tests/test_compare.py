@@ -100,6 +100,53 @@ def test_equal_differences_of_three_seeds_show_nothing(tmp_path: Path) -> None:
     assert verdicts(*folders, "test_acc")["test_acc"][0] == "no evidence"
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_better_needs_an_exact_test_that_could_say_so(tmp_path: Path, seeds: int) -> None:
+    """A t-test would find this difference with two seeds."""
+    folders = []
+    for name, acc in (("a", 0.9), ("b", 0.95)):
+        folder = SuiteFolder(tmp_path / name)
+        for seed in range(seeds):
+            done(folder, replace(SPEC, seed=seed), acc + (seed / 1e4 if name == "b" else 0))
+        folders.append(write(folder).path)
+    least = f"{2 / 2**seeds:.2g}"
+    assert verdicts(*folders, "test_acc")["test_acc"] == (
+        "no evidence",
+        f"better by the interval, not by the exact test (p = {least}; of n = {seeds} at least "
+        f"{least})",
+    )
+
+
+@pytest.mark.parametrize(
+    ("seeds", "T", "why"),
+    [
+        (6, 2, "not after Holm over 2 cells"),
+        (3, 5, "by the interval, not by the exact test (p = 0.25; of n = 3 at least 0.25)"),
+    ],
+)
+def test_holm_is_blamed_only_for_what_it_took(tmp_path: Path, seeds: int, T: int, why: str) -> None:
+    folders = []
+    for name, acc in (("a", 0.9), ("b", 0.95)):
+        folder = SuiteFolder(tmp_path / name)
+        for seed in range(seeds):
+            for t in range(1, T + 1):
+                more = seed / 1e4 if name == "b" else 0
+                done(folder, replace(SPEC, seed=seed, T=t), acc + more)
+        folders.append(write(folder).path)
+    found = verdicts(*folders, "test_acc")["test_acc"]
+    assert found[0] == "no evidence"
+    assert found[1].endswith(why)
+
+
+def test_infinite_values_are_no_evidence(a: Path, tmp_path: Path) -> None:
+    b = results(tmp_path / "b")
+    frame = pd.read_csv(b / "runs.csv").assign(step_ms_p50=float("inf"))
+    frame.to_csv(b / "runs.csv", index=False)
+    assert verdicts(a, b, "step_ms_p50")["step_ms_p50"] == (
+        "no evidence", "not every value is finite",
+    )  # fmt: skip
+
+
 def test_one_run_a_side_shows_nothing_but_exact_figures(tmp_path: Path) -> None:
     folders = []
     for name, more in (("a", 0), ("b", 1)):
@@ -255,6 +302,12 @@ def test_command_in_every_format(a: Path, tmp_path: Path, bench: Bench) -> None:
     refused = bench.run("compare", a, b, "--format", "html")
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_filter_that_no_run_fits_is_one_clear_line(a: Path, bench: Bench) -> None:
+    found = bench.run("compare", a, a, "--where", "T=99")
+    assert found.returncode == 2
+    assert found.stderr == f"error: --where T=99: no run fits, of {SEEDS}\n"
 
 
 def test_only_some_runs(a: Path, bench: Bench) -> None:

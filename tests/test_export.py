@@ -31,7 +31,12 @@ def folder(tmp_path: Path) -> SuiteFolder:
     for seed in range(2):
         done(made, replace(SPEC, seed=seed), 0.9 + seed / 10)
     ended(made, tet(0.05, 4, 0), "failed", HOSTILE)
-    run = done(made, replace(SPEC, method="ann", T=1), 0.95, firing_rate=None, sops_per_sample=None)
+    none = {
+        "firing_rate": None,
+        "sops_per_sample": None,
+        "nulls": {"firing_rate": "no spikes here"},
+    }
+    run = done(made, replace(SPEC, method="ann", T=1), 0.95, **none)
     run.log.write_text("a line\n")
     run.checkpoint.write_bytes(b"weights")
     (made.path / ".lock").write_text("")
@@ -98,6 +103,10 @@ def test_neurobench_metrics_by_hand(folder: SuiteFolder) -> None:
         "Effective_MACs": 9216.0, "Effective_ACs": 2.5e6, "Dense": None,
     }  # fmt: skip
     assert ann["ActivationSparsity"] is None
+    assert "ActivationSparsity: no spikes here" in ann["notes"]
+    assert "Effective_ACs: not measured" in ann["notes"]
+    assert not any(n.startswith("ActivationSparsity") for n in bptt["notes"])
+    assert "Dense: not measured" in bptt["notes"]
     assert ann["SynapticOperations"]["Effective_ACs"] is None
 
 
@@ -140,6 +149,20 @@ def test_every_commented_line_is_valid_too(tmp_path: Path) -> None:
     suite, _ = planner.specs_of(str(path))
     assert suite.train.warmup_epochs == 1.0
     assert suite.exclude
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ("bptt,tet", ("6 seeds are the fewest", "over 1 method beside")),
+        ("bptt,tet,rate,shortcut,grad_scale", ("8 seeds are the fewest", "over 4 methods beside")),
+    ],
+)
+def test_the_suite_says_how_many_seeds_its_methods_need(
+    tmp_path: Path, methods: str, words: tuple[str, str]
+) -> None:
+    text = scaffold.new_suite(Questions(methods=methods), tmp_path / "x.toml").read_text()
+    assert all(w in text for w in words)
 
 
 def test_answers_end_up_in_the_suite_whatever_they_are(tmp_path: Path) -> None:

@@ -253,10 +253,72 @@ def test_summary_is_short_escaped_markdown(tmp_path: Path, baseline: gate.Baseli
     text = gate.to_markdown(gate.check(write(folder), baseline))
     assert text.startswith("### snnbench gate made FAILED: 3 of ")
     assert "<script>" not in text
-    assert "| tet convnet T=4 auto | test\\_acc | 0.905 | 0.855 | -0.03 | -5.52% |" in text
+    assert "| tet convnet T=4 auto | test\\_acc | 0.905 | 0.855 | -0.03 | -0.05 |" in text
     assert len(text.splitlines()) < 30
     widths = {line.replace(r"\|", "").count("|") for line in text.splitlines()[2:6]}
     assert len(widths) == 1
+
+
+def test_a_summary_gives_a_change_as_its_limit_does(
+    tmp_path: Path, baseline: gate.Baseline
+) -> None:
+    """The limit of accuracy is a difference; a value that is not finite is no cell of its own."""
+    folder = results(tmp_path / "now", lambda r: r | {"acc": r["acc"] - 0.009,
+                                                      "spikes_per_sample": 1300.0})  # fmt: skip
+    text = gate.to_markdown(gate.check(folder, baseline))
+    assert "| test\\_acc | 4 | -0.009 | -0.03 |" in text
+    assert "| spikes\\_per\\_sample | 4 | +5.31% | ±15% |" in text
+    frame = pd.read_csv(folder.runs_csv, dtype=str, keep_default_na=False)
+    frame.loc[1, "test_acc"] = "inf"
+    frame.to_csv(folder.runs_csv, index=False)
+    text = gate.to_markdown(gate.check(folder, baseline))
+    assert "| test\\_acc | 4 | not finite | -0.03 |" in text
+
+
+@pytest.mark.parametrize("figure", ["firing_rate", "sops_per_sample", "peak_bytes"])
+def test_a_figure_without_a_limit_may_change_but_not_vanish(
+    tmp_path: Path, baseline: gate.Baseline, figure: str
+) -> None:
+    assert figure not in baseline.limits
+    changed = results(tmp_path / "changed", lambda r: r | {figure: 17})
+    assert failures(changed, baseline) == []
+    lost = results(
+        tmp_path / "lost", lambda r: r | ({figure: None} if r["method"] == "tet" else {})
+    )
+    assert failures(lost, baseline) == [(figure, "not measured any more")] * 2
+
+
+def test_a_baseline_of_an_earlier_version_asks_for_its_limits_only(tmp_path: Path) -> None:
+    values = gate.of(results(tmp_path / "was"), "made", YARDSTICK)
+    for cell in values["cells"]:
+        del cell["measured"]
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(values))
+    lost = results(tmp_path / "lost", lambda r: r | {"firing_rate": None})
+    assert failures(lost, gate.read(file)) == []
+
+
+def test_what_only_some_machines_measure_may_be_absent(tmp_path: Path) -> None:
+    own = dict.fromkeys(gate.OF_THE_MACHINE, 5.0)
+    made = gate.of(results(tmp_path / "was", lambda r: r | own), "made", YARDSTICK)
+    assert all(not gate.OF_THE_MACHINE & set(cell["measured"]) for cell in made["cells"])
+    assert "firing_rate" in made["cells"][0]["measured"]
+
+
+def test_nan_in_a_record_is_stopped(tmp_path: Path, baseline: gate.Baseline) -> None:
+    """It is written as nan, not as the empty cell of what was not measured."""
+    folder = results(tmp_path / "now", lambda r: r | {"firing_rate": 0.5})
+    run = folder.run(replace(SPEC, kernel="reference").run_id)
+    record = json.loads((run.path / "result.json").read_text())
+    record["firing_rate"] = float("nan")
+    (run.path / "result.json").write_text(json.dumps(record))
+    (line,) = failures(write(folder), baseline)
+    assert line == ("firing_rate", "firing_rate is nan")
+    found = read_runs(folder)["firing_rate"]
+    assert found.isna().sum() == 1  # and a column of numbers still
+    assert pd.api.types.is_float_dtype(found)
+    row = folder.runs_csv.read_text().splitlines()[1:]
+    assert sum(",nan," in line for line in row) == 1
 
 
 # --- the command ------------------------------------------------------------------------------

@@ -56,6 +56,23 @@ def test_a_miss_makes_the_mean_infinite_without_an_interval() -> None:
     assert found is not None
     assert math.isnan(found.mean)
     assert found.half is None
+    assert stats.estimate([1.0, -math.inf]) == Estimate(-math.inf, None, 2)
+    both = stats.estimate([math.inf, -math.inf])
+    assert both is not None
+    assert math.isnan(both.mean)
+
+
+def test_an_interval_without_width_shows_no_more_than_its_signs() -> None:
+    twice = stats.estimate([0.9528 - 0.95, 0.1028 - 0.1])  # one image of 357, up to rounding
+    assert twice is not None
+    assert twice.half != 0
+    assert twice.equal
+    assert not twice.excludes_zero
+    assert twice.p == 0.5
+    assert not Estimate(0.0028, 0.0, 5).excludes_zero
+    assert Estimate(0.0028, 0.0, 6).excludes_zero
+    assert not Estimate(0.0, 0.0, 6).excludes_zero
+    assert Estimate(0.0028, 0.0001, 2).excludes_zero
 
 
 @given(
@@ -166,6 +183,46 @@ def test_sign_flip_keeps_its_level(n: int, kind: str) -> None:
         assert abs(false - 2 / 64) < binomial_slack(2 / 64)
 
 
+def test_what_n_can_show_after_holm() -> None:
+    """The fewest seeds are those with which Holm leaves the least p below 5%."""
+    assert [stats.fewest_seeds(m) for m in (1, 2, 3, 4, 6, 7)] == [6, 7, 7, 8, 8, 9]
+    for m in range(1, 12):
+        n = stats.fewest_seeds(m)
+        able = [stats.holm([stats.sign_flip([1.0 + i for i in range(k)]) or 1.0] * m)
+                for k in (n - 1, n)]  # fmt: skip
+        assert min(able[0]) > stats.ALPHA >= min(able[1])
+        assert min(able[1]) == stats.smallest_p(n, m)
+
+
+def test_random_signs_count_the_seen_ones() -> None:
+    """Of 17 equal signs no random pattern is as extreme; p is 1 of 5,000 and never 0."""
+    assert stats.sign_flip([1.0 + i / 10 for i in range(17)]) == 1 / (1 + stats.RESAMPLES)
+
+
+@given(st.lists(FINITE, min_size=2, max_size=5), st.lists(FINITE, min_size=2, max_size=5))
+def test_permutation_is_that_of_scipy(a: list[float], b: list[float]) -> None:
+    def off(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+        return np.round(np.abs(x.mean(axis) - y.mean(axis)), 9)
+
+    oracle = scipy.stats.permutation_test(
+        (np.array(a), np.array(b)), off, permutation_type="independent", vectorized=True,
+        n_resamples=np.inf, alternative="greater",
+    )  # fmt: skip
+    assert stats.permutation(a, b) == pytest.approx(oracle.pvalue, abs=1e-12)
+
+
+def test_permutation_ends() -> None:
+    assert stats.permutation([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) == 2 / 20
+    assert stats.permutation([1.0], [2.0]) == 1.0
+    assert stats.permutation([], [1.0]) is None
+    assert stats.permutation([1.0, math.inf], [1.0]) is None
+    low, high = [float(i) for i in range(12)], [float(i) for i in range(50, 62)]
+    assert stats.permutation(low, high) == 1 / (1 + stats.RESAMPLES)
+    drawn = np.random.default_rng(0).normal(0, 1, (300, 20))
+    false = np.mean([stats.permutation(d[:9].tolist(), d[9:].tolist()) <= 0.05 for d in drawn])
+    assert false < 0.05 + binomial_slack(0.05, 300)
+
+
 def test_holm_by_hand() -> None:
     assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
@@ -204,6 +261,18 @@ def test_seeds_needed_ends() -> None:
     assert stats.seeds_needed(1.0, 0.0) == 6
     assert stats.seeds_needed(100.0, 0.01) == 6
     assert stats.seeds_needed(math.inf, 1.0) is None
+    assert stats.seeds_needed(1.0, 0.0, tests=4) == stats.seeds_needed(100.0, 0.01, tests=4) == 8
+
+
+def test_seeds_needed_under_several_tests_find_the_difference_at_the_corrected_level() -> None:
+    n = stats.seeds_needed(1.0, 1.0, tests=5)
+    alone = stats.seeds_needed(1.0, 1.0)
+    assert n is not None
+    assert alone is not None
+    assert n > alone
+    drawn = np.random.default_rng(n).normal(1.0, 1.0, (SIMULATIONS, n))
+    found = np.mean(scipy.stats.ttest_1samp(drawn, 0, axis=1).pvalue <= 0.05 / 5)
+    assert 0.8 - binomial_slack(0.8) < found < 0.9
 
 
 # --- over workloads ---------------------------------------------------------------------------
@@ -225,6 +294,8 @@ def test_interquartile_mean_by_hand() -> None:
     mean, (low, high) = stats.interquartile_mean([[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 100.0]])
     assert mean == 3.5  # of 2, 3, 4, 5
     assert low < mean < high
+    # A quarter is cut at either end: of these eight the two that any smaller share would keep.
+    assert stats.interquartile_mean([[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 60.0, 100.0]])[0] == 3.5
     assert stats.interquartile_mean([[0.5]]) == (0.5, (0.5, 0.5))
     with pytest.raises(ValueError, match="no values"):
         stats.interquartile_mean([])

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,43 @@ def test_interval_excludes_zero() -> None:
     assert Estimate(-2.0, 1.9, 3).excludes_zero
     assert not Estimate(2.0, 2.0, 3).excludes_zero
     assert not Estimate(0.0, 0.0, 3).excludes_zero
+
+
+def test_p_of_two_rivals_is_corrected_by_hand(empty: SuiteFolder) -> None:
+    """All six pairs have one sign, so that p is 2/64 twice, and Holm makes it 4/64."""
+    for seed in range(6):
+        done(empty, replace(SPEC, seed=seed), 0.8)
+        for more, lamb in enumerate((0.05, 0.5), 1):
+            done(empty, tet(lamb, 4, seed), 0.8 + (more + seed / 10) / 100)
+    found = [c.versus for c in summarise(read_runs(write(empty))) if c.versus]
+    assert [(v.p, v.p_holm, v.tests, v.p_least) for v in found] == [(1 / 32, 1 / 16, 2, 1 / 16)] * 2
+    assert all(v.difference.excludes_zero and not v.shown for v in found)
+    built = content.build(empty)
+    assert "p" not in built.columns
+    assert "not shown: of n = 6 and 2 comparisons the smallest p is 0.062" in built.findings[0]
+    assert (
+        "With n = 6 the smallest two-sided p of an exact test is 0.062 after Holm over 2 "
+        "comparisons: no difference can be shown at 5%; n = 7 can (0.031)."
+    ) in built.findings
+
+
+def test_seven_seeds_of_two_rivals_can_show_something(empty: SuiteFolder) -> None:
+    for seed in range(7):
+        done(empty, replace(SPEC, seed=seed), 0.8)
+        for more, lamb in enumerate((0.05, 0.5), 1):
+            done(empty, tet(lamb, 4, seed), 0.8 + (more + seed / 10) / 100)
+    built = content.build(write(empty))
+    assert "p" in built.columns
+    assert "better (exact p = 0.031 after Holm)" in built.findings[0]
+
+
+def test_reasons_for_what_is_null_stand_in_every_row(made: SuiteFolder) -> None:
+    lines = list(csv.DictReader(io.StringIO(data.to_csv(content.build(made)))))
+    found = {(r["label"], r["T"]): r["null_reasons"] for r in lines}
+    assert json.loads(found.pop(("rate", "2"))) == {
+        "peak_bytes": "no /proc here", "sops_per_sample": "inputs are not binary",
+    }  # fmt: skip
+    assert set(found.values()) == {""}
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=8), st.randoms())
@@ -631,3 +669,4 @@ def test_markdown_escape_is_one_line_without_markup(text: str) -> None:
     plain = found.replace("\\\\", "")
     for mark in "|<>*_`[]#":
         assert plain.count(mark) == plain.count("\\" + mark)
+    assert not any(unicodedata.category(ch) == "Cc" for ch in found)

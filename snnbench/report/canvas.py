@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,9 @@ def panels(rows: int, columns: int, title: str) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(3.6 * columns + 2.0, 2.9 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    # As much of it on a line as leaves room for the legend, at 21 characters an inch.
+    lines = [t for line in title.splitlines() for t in textwrap.wrap(line, 76 * columns + 8)]
+    figure.suptitle("\n".join(lines), fontsize=9, x=0.01, ha="left")
     for axis in axes.flat:
         axis.grid(color=INK, alpha=0.12, linewidth=0.6)
         axis.set_axisbelow(True)
@@ -103,6 +106,18 @@ def a_decade(axis: Any) -> None:
     if high < 10 * low:
         middle = math.sqrt(low * high)
         axis.set_ylim(middle / math.sqrt(10), middle * math.sqrt(10))
+
+
+def depth(axis: Any, named: bool = True) -> None:
+    """Layers by number along the x axis."""
+    axis.set_xlabel("layer, by depth" if named else "")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def front(axis: Any, points: list[tuple[float, float]]) -> None:
+    """A broad grey line behind everything else."""
+    axis.plot(*zip(*points, strict=True), color=INK, alpha=0.3, linewidth=5, marker="o",
+              markersize=11, markeredgewidth=0, solid_capstyle="round", zorder=0)  # fmt: skip
 
 
 def save(figure: Any, path: Path) -> Path:

@@ -99,6 +99,16 @@ class WithHeads(Column):
         return None if e is None or plain is None or e.mean == plain.mean else e
 
 
+class Capacity(Column):
+    """What fits into a memory; at least that, where the search ended at a limit of its own."""
+
+    def text(self, cell: Cell) -> str:
+        """Such as 8, or ≥ 8 where 8 was the most that was tried."""
+        found = self.write(self.estimate(cell))
+        bounds = str(cell.conditions.get("capacity_bound", "")).split(", ")
+        return f"≥ {found}" if self.name.removeprefix("largest_") in bounds else found
+
+
 def _mib(e: Estimate | None) -> str:
     return number(e, 1, 2**-20)
 
@@ -141,8 +151,8 @@ OPTIONAL: list[Column] = [
     Column("energy_memory_nj_per_sample", "with memory nJ", quantity, -1, "energy with memory"),
     Column("energy_measured_j", "measured J", quantity, -1, "energy by the device's counter"),
     Column("time_to_target_s", "s to target", quantity, -1, "time to the target; a miss is ∞"),
-    Column("largest_T", "largest T", quantity, 1, "that fits into the memory"),
-    Column("largest_batch", "largest batch", quantity, 1, "that fits into the memory"),
+    Capacity("largest_T", "largest T", quantity, 1, "that fits into the memory"),
+    Capacity("largest_batch", "largest batch", quantity, 1, "that fits into the memory"),
 ]
 # Shown if asked for by name, by `--columns all`, and in HTML.
 MORE: list[Column] = [
@@ -181,11 +191,13 @@ def catalogue(baseline: str, measured: Iterable[str]) -> list[Column]:
     return [*known, *(Column(m, m, quantity) for m in dict.fromkeys(measured) if m not in names)]
 
 
-def chosen(wanted: Sequence[str], columns: Sequence[Column]) -> list[Column]:
+def chosen(
+    wanted: Sequence[str], columns: Sequence[Column], option: str = "--columns"
+) -> list[Column]:
     """The columns of these names or headings, in the order asked for; raises UsageError."""
     by_name = {key: c for c in reversed(columns) for key in (c.name, c.heading)}
     unknown = [name for name in wanted if name not in by_name]
     if unknown:
         close = did_you_mean(unknown[0], [c.name for c in columns])
-        raise UsageError(f"--columns {unknown[0]}: no such column{close}")
+        raise UsageError(f"{option} {unknown[0]}: no such column{close}")
     return list(dict.fromkeys(by_name[name] for name in wanted))

@@ -2,8 +2,9 @@
 
 Runs are paired by seed where they began with the same weights and saw the same batches; otherwise
 the difference of means has Welch's interval. A verdict needs p <= 5% after Holm's correction over
-the cells of one figure. Figures that no clock and no noise decides (bytes saved, operations that do
-not depend on spikes) differ or are equal.
+the cells of one figure, of an exact test: sign flips of pairs, or permutations. Figures that no
+clock and no noise decides (bytes saved, operations that do not depend on spikes) differ or are
+equal.
 """
 
 from __future__ import annotations
@@ -232,10 +233,11 @@ def _row(
     same = _same_start(mine, theirs)
     shared = [s for s in a if s in b and s in same]
     if shared:
-        difference = stats.estimate([b[s] - a[s] for s in shared])
+        differences = [b[s] - a[s] for s in shared]
+        difference, p = stats.estimate(differences), stats.sign_flip(differences)
     else:
-        difference = stats.unpaired(list(b.values()), list(a.values()))
-    p = difference.p if difference else None
+        sides = (list(b.values()), list(a.values()))
+        difference, p = stats.unpaired(*sides), stats.permutation(*sides)
     return replace(row, difference=difference, paired=bool(shared), p=p, verdict="no evidence")
 
 
@@ -283,15 +285,25 @@ def _judged(row: Row, p: float | None, cells: int) -> Row:
         return replace(row, p=None, verdict="equal")
     if row.figure in EXACT and not d.half:
         return replace(row, p=None, verdict=said)
-    if p is None:
-        return replace(row, why="one run a side shows nothing" if d.half is None else "")
+    if d.n == 1:
+        return replace(row, p=None, why="one run a side shows nothing")
+    if p is None or row.p is None:
+        return replace(row, p=None, why="" if _equal(row) else "not every value is finite")
     if p > stats.ALPHA:
-        why = f"not after Holm over {cells} cells" if d.excludes_zero else ""
-        return replace(row, p=p, why=why)
+        if row.p <= stats.ALPHA:
+            return replace(row, p=p, why=f"not after Holm over {cells} cells")
+        return replace(row, p=p, why=_by_interval(row, d, said) if d.excludes_zero else "")
     base = abs(row.a.mean) if row.a else 0.0
     if row.figure in TIMES and abs(d.mean) <= DRIFT * base:
         return replace(row, p=p, why=f"within the {DRIFT:.0%} that two sessions differ by")
     return replace(row, p=p, verdict=said)
+
+
+def _by_interval(row: Row, d: stats.Estimate, said: str) -> str:
+    """What the interval says and the exact test does not, or cannot with so few pairs."""
+    least = stats.smallest_p(d.n)
+    few = f"; of n = {d.n} at least {least:.2g}" if row.paired and least > stats.ALPHA else ""
+    return f"{said} by the interval, not by the exact test (p = {row.p:.2g}{few})"
 
 
 COLUMNS = ["figure", "method", "where", "A", "B", "B - A", "%", "verdict"]

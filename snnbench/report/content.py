@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,20 +19,29 @@ from snnbench.report.columns import Column
 from snnbench.report.findings import across, findings
 from snnbench.report.published import flat, published
 from snnbench.report.source import Source
-from snnbench.spec import did_you_mean
-from snnbench.stats import ALPHA, bootstrap, smallest_p
+from snnbench.spec import canonical, did_you_mean
+from snnbench.stats import ALPHA, bootstrap
 from snnbench.store import SuiteFolder
 from snnbench.summary import Cell
 
-LEGEND = (
+OF_ACCURACIES = (
     "Accuracies are % of the test set. *last*: after the last epoch (headline). *best val*: at "
     "the epoch chosen on a validation split cut from train. *best test*: optimistic, for "
     "comparison with papers only. Mean ± half a 95% Student-t interval (n seeds); Δ is paired by "
-    "seed, weights and batches, and bold where its interval excludes 0. Spikes, SOPs and MACs are "
-    "per test sample; memory and time are those of training steps, and compare within one machine "
-    "only; on a CPU the peak is that of the whole process, torch included."
+    "seed, weights and batches, and bold where its interval excludes 0. "
 )
+OF_COSTS = (
+    "Spikes, SOPs and MACs are per test sample; memory and time are those of training steps, and "
+    "compare within one machine only; on a CPU the peak is that of the whole process, torch "
+    "included."
+)
+OF_CAPACITY = (
+    "The largest T and the largest batch are those whose training step fits into the memory; ≥ "
+    "stands where the search ended at its own limit, and more may fit."
+)
+LEGEND = OF_ACCURACIES + OF_COSTS
 KEYS = ("T", "dataset", "model")
+OF_A_NETWORK = ("spikes_per_sample", "sops_per_sample", "energy_ac_mac_nj_per_sample")
 NOT_FIGURES = {"T", "seed", "schema", "data_verified", "best_val_epoch"}
 
 
@@ -65,6 +75,7 @@ class Report:
     notes: list[str]
     cells: list[Cell]
     records: list[dict[str, Any]]
+    legend: str
 
 
 def build(folders: SuiteFolder | Sequence[SuiteFolder], view: View | None = None) -> Report:
@@ -83,7 +94,9 @@ def of(read: Source, view: View, everything: bool = False) -> Report:
         close = did_you_mean(unknown[0], map(str, frame))
         raise UsageError(f"--by {unknown[0]}: no such column{close}")
     extra = ["kind"] if "kind" in frame and frame["kind"].nunique() > 1 else []
-    cells = summary.summarise(frame, view.baseline, measured, [*extra, *by])
+    bound = ["capacity_bound"] if frame["capacity_bound"].notna().any() else []
+    bounded = _bounded(frame) if bound else frame
+    cells = summary.summarise(bounded, view.baseline, measured, [*extra, *bound, *by])
     _check_baseline(view.baseline, frame, cells)
     lifted = {k: str(cells[0].conditions[k]) for k in KEYS if cells and _constant(cells, k)}
     own = [k for k in KEYS if cells and k not in lifted and k not in by]
@@ -124,13 +137,36 @@ def of(read: Source, view: View, everything: bool = False) -> Report:
             if any(str(cells[i].conditions[k]) != str(cells[i - 1].conditions[k]) for k in view.by)
         ),
         figures=figures,
-        findings=findings(cells, view.baseline),
+        findings=findings(cells, view.baseline, named),
         across=across(cells, view.baseline),
         published=published(read.suites, cells, frame),
         notes=_notes(read),
         cells=cells,
         records=[record(cell, measured) for cell in cells],
+        legend=_legend(cells, figures),
     )
+
+
+def _bounded(frame: pd.DataFrame) -> pd.DataFrame:
+    """With what bounded the search of any seed of a cell, so that its seeds stay one cell."""
+
+    def joined(values: pd.Series) -> str:
+        return ", ".join(dict.fromkeys(n for v in values.dropna() for n in str(v).split(", ")))
+
+    texts = frame["capacity_bound"].astype(object)
+    keys = [frame[k] for k in tables.CELL]
+    return frame.assign(capacity_bound=texts.groupby(keys, dropna=False).transform(joined))
+
+
+def _legend(cells: Sequence[Cell], figures: Sequence[Column]) -> str:
+    """What the figures that are shown mean."""
+    names = {c.name for c in figures}
+    parts = {
+        OF_ACCURACIES: not cells or any(c.accuracies for c in cells),
+        OF_COSTS: bool(names & {c.name for c in columns.COSTS}),
+        OF_CAPACITY: any(isinstance(c, columns.Capacity) for c in figures),
+    }
+    return " ".join(text.strip() for text, said in parts.items() if said)
 
 
 def _numeric(frame: pd.DataFrame) -> list[str]:
@@ -174,7 +210,7 @@ def _figures(
     if "kind" in frame and not (frame["kind"] == "train").any():
         core = measured(core)
     # p stands where so many pairs could have shown anything.
-    able = [c for c in cells if c.versus and smallest_p(c.versus.difference.n) <= ALPHA]
+    able = [c for c in cells if c.versus and c.versus.p_least <= ALPHA]
     core[4:4] = [columns.EXACT_P] if able and len(core) > len(columns.COSTS) else []
     if everything or view.columns:
         more = [c for c in measured(known) if c.name not in {columns.EXACT_P.name} | names]
@@ -192,7 +228,7 @@ def _in_order(
             text = [c.label if name == "label" else str(c.conditions[name]) for c in cells]
             order = sorted(range(len(cells)), key=lambda i: _natural(text[i]), reverse=down)
         else:
-            (column,) = columns.chosen([name], known)
+            (column,) = columns.chosen([name], known, "--sort")
             found = [column.estimate(c) for c in cells]
             means = [math.nan if e is None else -e.mean if down else e.mean for e in found]
             order = sorted(range(len(cells)), key=lambda i: (math.isnan(means[i]), means[i]))
@@ -228,6 +264,7 @@ def _facts(read: Source, lifted: dict[str, str], cells: Sequence[Cell]) -> list[
 
     known = "precision_path" in frame and frame["precision_path"].notna().any()
     precision = "precision_path" if known else "precision"
+    kernel = "kernel_path" if frame["kernel_path"].notna().any() else "kernel"  # as asked for
     machines = frame.dropna(subset=["machine_id"]).groupby("machine_id")["device"].first()
     facts = [f"{k}: {v}" for k, v in lifted.items()]
     for machine, device in machines.items():
@@ -236,12 +273,22 @@ def _facts(read: Source, lifted: dict[str, str], cells: Sequence[Cell]) -> list[
         facts.append("several machines: each has rows of its own, and no difference spans two")
     facts += [
         f"versions: snnbench {values('version')}, torch {values('torch')}",
-        f"kernel: {values('kernel_path')}, precision: {values(precision)}",
+        f"kernel: {values(kernel)}, precision: {values(precision)}",
     ]
+    if len(caps := frame["memory_gib"].dropna().unique()) == 1:
+        facts.append(f"memory cap: {caps[0]:g} GiB")
     if cells:
         ns = sorted({c.n for c in cells})
         n = str(ns[0]) if len(ns) == 1 else f"{ns[0]} to {ns[-1]}"
-        facts.append(f"n: {n} seeds a row; the headline is the last epoch, nothing is selected")
+        last = "; the headline is the last epoch, nothing is selected"
+        headline = last if any(c.accuracies for c in cells) else ""
+        facts.append(f"n: {n} seed{'s' * (n != '1')} a row{headline}")
+    counted = any(c.estimates.get(k) for c in cells for k in OF_A_NETWORK)
+    if counted and "kind" in frame and (frame["kind"] == "cost").any():
+        facts.append(
+            "kind cost: nothing is trained; spikes, SOPs and energies are those of a network "
+            "after a few steps"
+        )
     if read.where:
         shown = ", ".join(f"{k} = {' or '.join(v)}" for k, v in read.where.items())
         facts.append(f"only runs with {shown}")
@@ -264,10 +311,16 @@ def _notes(read: Source) -> list[str]:
     sources = frame["source_hash"].dropna().nunique()
     if sources > 1:
         notes.append(f"stale: the figures come from {sources} versions of the code; --redo renews")
+    bounds = frame["capacity_bound"].dropna()
+    if len(bounds):
+        axes = ", ".join(dict.fromkeys(f"largest {n}" for b in bounds for n in str(b).split(", ")))
+        notes.append(
+            f"bounded: {axes} of {len(bounds)} of {len(frame)} runs is the limit of the search and "
+            "not of the memory, marked ≥; raise most_T or most_batch in [capacity]"
+        )
     notes += _unmeasured(frame)
     if "timing_warning" in frame:
-        for text, n in frame["timing_warning"].dropna().value_counts().items():
-            notes.append(f"times: {text} ({n} of {len(frame)} runs)")
+        notes += _doubtful_times(frame["timing_warning"])
     overhead = frame["overhead_s"].dropna().astype(float)
     if len(overhead):
         notes.append(
@@ -275,6 +328,24 @@ def _notes(read: Source) -> list[str]:
             f"{overhead.max():.2f} s) beyond training, evaluation and measurement"
         )
     return notes
+
+
+_FIGURE = re.compile(r"\d+(?:\.\d+)?(?=[ %])")
+
+
+def _doubtful_times(warnings: pd.Series) -> list[str]:
+    """One line for each kind of doubt about step times, with the range of its figures."""
+    found: dict[str, list[list[str]]] = {}
+    for warning in warnings.dropna():
+        for text in str(warning).split("; "):
+            kind = _FIGURE.sub("{}", text.replace("{", "(").replace("}", ")"))
+            found.setdefault(kind, []).append(_FIGURE.findall(text))
+    lines = []
+    for kind, figures in found.items():
+        ends = [(min(f, key=float), max(f, key=float)) for f in zip(*figures, strict=True)]
+        said = kind.format(*(low if low == high else f"{low} to {high}" for low, high in ends))
+        lines.append(f"times: {said} ({len(figures)} of {len(warnings)} runs)")
+    return lines
 
 
 def _unmeasured(frame: pd.DataFrame) -> list[str]:
@@ -296,7 +367,7 @@ RECORD_COLUMNS = [
     *(f"{name}{end}" for name in (*tables.ESTIMATED, "test_acc_vs_bptt") for end in ("", "_ci95")),
     "test_acc_boot_low", "test_acc_boot_high", "baseline", "test_acc_vs_baseline",
     "test_acc_vs_baseline_ci95", "test_acc_vs_baseline_boot_low", "test_acc_vs_baseline_boot_high",
-    "pairs", "p", "p_holm", "probability_of_improvement",
+    "pairs", "p", "p_holm", "probability_of_improvement", "null_reasons",
 ]  # fmt: skip
 
 
@@ -322,6 +393,8 @@ def record(cell: Cell, measured: Sequence[str] = ()) -> dict[str, Any]:
             "baseline": versus.baseline, "pairs": len(versus.values), "p": versus.p,
             "p_holm": versus.p_holm, "probability_of_improvement": versus.improvement,
         }  # fmt: skip
+    if cell.nulls:
+        found["null_reasons"] = canonical(cell.nulls)
     more = [f"{m}{end}" for m in measured if m in cell.estimates for end in ("", "_ci95")]
     by = [k for k in cell.conditions if k not in tables.CELL]
     return {

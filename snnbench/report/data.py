@@ -16,7 +16,7 @@ from snnbench.report.published import PUBLISHED_COLUMNS
 
 
 def to_csv(report: Report) -> str:
-    """One line per cell."""
+    """One line per cell; `null_reasons` says what was not measured, and why, as JSON."""
     return str(_frame(report).to_csv(index=False))
 
 

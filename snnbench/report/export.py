@@ -24,6 +24,12 @@ from snnbench.summary import Cell
 KEPT = (".csv", ".json", ".jsonl", ".txt")  # tables and records; a checkpoint is neither
 EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's earliest: no file carries the time of the export
 BYTES_PER_PARAMETER = 4
+METRICS = {
+    "Footprint": "params_infer", "ClassificationAccuracy": "test_acc",
+    "ActivationSparsity": "firing_rate", "Effective_MACs": "macs_per_sample",
+    "Effective_ACs": "sops_per_sample", "Dense": "dense_macs_per_sample",
+    "MembraneUpdates": "membrane_updates_per_sample",
+}  # fmt: skip
 
 
 def archive(folder: SuiteFolder, view: content.View | None = None) -> bytes:
@@ -101,7 +107,7 @@ def neurobench(cells: list[Cell]) -> list[dict[str, Any]]:
     """NeuroBench's algorithm-track metrics of each cell, means over seeds.
 
     Where its definition is not ours, the difference stands in `notes`; what was not measured is
-    null. Source: Yik et al., Nature Communications 16:1545 (2025).
+    null, and `notes` says why. Source: Yik et al., Nature Communications 16:1545 (2025).
     """
     return [_neurobench(cell) for cell in cells]
 
@@ -113,6 +119,11 @@ def _neurobench(cell: Cell) -> dict[str, Any]:
 
     rate, params = mean("firing_rate"), mean("params_infer")
     shown = ("dataset", "model", "T", "method", "kernel", "precision", "machine_id")
+    absent = [
+        f"{theirs}: {cell.nulls.get(ours, 'not measured')}"
+        for theirs, ours in METRICS.items()
+        if mean(ours) is None
+    ]
     return {
         "label": cell.label,
         **{k: _plain(cell.conditions[k]) for k in shown},
@@ -131,6 +142,7 @@ def _neurobench(cell: Cell) -> dict[str, Any]:
         "notes": [
             "Footprint: fp32 parameters at evaluation, without buffers",
             "ConnectionSparsity: not measured",
+            *absent,
             "Effective_MACs: dense count of inputs that are no spikes, zeros included",
         ],
     }

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
+from typing import Any
 
 from snnbench import stats
+from snnbench.report.columns import percent
 from snnbench.summary import Cell, Comparison
 
 MOST = 8  # sentences on single comparisons
+LEAST = 4  # pairs whose scatter says how many seeds would do; that of fewer says hardly anything
 ACROSS_COLUMNS = ["method", "workloads", "IQM of last %", "95% interval", "P(above baseline)"]
 
 
-def findings(cells: Sequence[Cell], baseline: str) -> list[str]:
-    """A sentence for each comparison, or their sum, and what so many seeds can show."""
+def findings(
+    cells: Sequence[Cell], baseline: str, named: Mapping[str, str] | None = None
+) -> list[str]:
+    """A sentence for each comparison, or their sum, and what so many seeds can show.
+
+    `named` has words for conditions that are hashes.
+    """
     compared = [c for c in cells if c.versus]
     if not compared:
         others = [c for c in cells if baseline not in (c.label, c.conditions["method"])]
@@ -34,7 +42,7 @@ def findings(cells: Sequence[Cell], baseline: str) -> list[str]:
             f"{sum(c.versus.shown for c in compared if c.versus)} hold in an exact test too."
         )
     told = compared if len(compared) <= MOST else shown[:MOST]
-    lines += [_sentence(c, c.versus, varied) for c in told if c.versus]
+    lines += [_sentence(c, c.versus, varied, named or {}) for c in told if c.versus]
     return [*lines, *_power([c.versus for c in compared if c.versus])]
 
 
@@ -44,53 +52,74 @@ def _varied(cells: Sequence[Cell]) -> list[str]:
     return [k for k in names if len({str(c.conditions[k]) for c in cells}) > 1]
 
 
-def _sentence(cell: Cell, versus: Comparison, varied: Iterable[str]) -> str:
+def _sentence(
+    cell: Cell, versus: Comparison, varied: Iterable[str], named: Mapping[str, str]
+) -> str:
     d = versus.difference
-    where = ", ".join(f"{k} = {cell.conditions[k]}" for k in varied)
-    mine = math.fsum(cell.accuracies) / len(cell.accuracies)
-    half = "" if d.half is None else f" ± {100 * d.half:.2f}"
+    where = ", ".join(_condition(k, cell.conditions[k], named) for k in varied)
+    mine = stats.estimate(cell.accuracies)
+    accuracy = percent(None if mine is None else replace(mine, half=None))
+    gap = percent(d, sign=True).removesuffix(f" ({d.n})")
     begin = (
-        f"{cell.label}{f' ({where})' if where else ''}: {100 * mine:.2f}%, "
-        f"{100 * d.mean:+.2f}{half} points to {versus.baseline} over {d.n} "
-        f"pair{'s' * (d.n > 1)}: "
+        f"{cell.label}{f' ({where})' if where else ''}: {accuracy}%, {gap} points to "
+        f"{versus.baseline} over {d.n} pair{'s' * (d.n > 1)}: "
     )
     return begin + verdict(versus) + "."
+
+
+def _condition(name: str, value: Any, named: Mapping[str, str]) -> str:
+    """`T = 4`; settings by what differs in them and not by their hash."""
+    if name == "settings_hash" and value in named:
+        return named[value]
+    return f"{name.removesuffix('_hash')} = {value}"
 
 
 def verdict(versus: Comparison) -> str:
     """Better, worse, or why neither can be said."""
     d, better = versus.difference, "better" if versus.difference.mean > 0 else "worse"
     if d.half is None:
-        return "one pair shows nothing"
+        return "one pair shows nothing" if d.n == 1 else "no interval: not every value is finite"
     p = "" if versus.p_holm is None else f"exact p = {versus.p_holm:.2g} after Holm"
     if versus.shown:
         return f"{better} ({p})"
     if d.excludes_zero:
-        if stats.smallest_p(d.n) > stats.ALPHA:
+        if versus.p_least > stats.ALPHA:
             return (
-                f"{better} by the interval, not shown: of n = {d.n} the smallest p is "
-                f"{stats.smallest_p(d.n):.2g}"
+                f"{better} by the interval, not shown: of n = {d.n}{_over(versus)} the smallest p "
+                f"is {versus.p_least:.2g}"
             )
         return f"{better} by the interval, not shown by the exact test ({p})"
-    needed = stats.seeds_needed(d.mean, d.deviation or 0.0)
+    if d.equal:
+        return f"no evidence of a difference: n = {d.n} equal ones may be chance"
+    needed = None
+    if d.n >= LEAST:
+        needed = stats.seeds_needed(d.mean, d.deviation or 0.0, tests=versus.tests)
     more = f"; to show a difference of this size takes {needed} seeds" if needed else ""
     return f"no evidence of a difference{more}"
 
 
+def _over(versus: Comparison) -> str:
+    """The comparisons that Holm corrects over, where there are several."""
+    return f" and {versus.tests} comparisons" if versus.tests > 1 else ""
+
+
 def _power(compared: Sequence[Comparison]) -> list[str]:
     """What this number of seeds can show, and how many seeds half a point and one would need."""
-    n = max(c.difference.n for c in compared)
-    smallest = stats.smallest_p(n)
+    best = min(compared, key=lambda c: (c.p_least, c.tests))
     lines = []
-    if smallest > stats.ALPHA:
+    if best.p_least > stats.ALPHA:
+        n = stats.fewest_seeds(best.tests)
+        after = f" after Holm over {best.tests} comparisons" if best.tests > 1 else ""
         lines.append(
-            f"With n = {n} the smallest two-sided p of an exact test is {smallest:.2g}: no "
-            "difference can be shown at 5%; n = 6 can (0.031)."
+            f"With n = {best.difference.n} the smallest two-sided p of an exact test is "
+            f"{best.p_least:.2g}{after}: no difference can be shown at 5%; n = {n} can "
+            f"({stats.smallest_p(n, best.tests):.2g})."
         )
-    spread = [c.difference.deviation for c in compared if c.difference.deviation]
+    told = [c for c in compared if c.difference.n >= LEAST and c.difference.deviation]
+    spread = [c.difference.deviation or 0.0 for c in told if not c.difference.equal]
     if spread:
-        typical = median(spread)
-        needed = {points: stats.seeds_needed(points / 100, typical) for points in (0.5, 1.0)}
+        typical, tests = median(spread), max(c.tests for c in told)
+        needed = {p: stats.seeds_needed(p / 100, typical, tests=tests) for p in (0.5, 1.0)}
         said = [f"{k} seeds for one of {p:g}" for p, k in needed.items() if k]
         if said:
             lines.append(

@@ -8,7 +8,8 @@ A baseline file (JSON) holds the figures of every cell and the limits by which a
 
 Times are compared only as ratios to another run of the same session (`yardstick`: one method and
 kernel, same workload and seed), so that a slower machine changes nothing. Whatever is absent, did
-not end well or is not finite fails: a gate that checks nothing is no gate.
+not end well or is not finite fails: a gate that checks nothing is no gate. A figure without a limit
+may change, but not vanish.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ from snnbench.errors import ResultsError, UsageError
 from snnbench.report.markdown import escape, table
 from snnbench.spec import canonical, validate
 from snnbench.store import SuiteFolder
-from snnbench.tables import TEXT_COLUMNS, read_runs
+from snnbench.tables import ESTIMATED, TEXT_COLUMNS, read_runs
 
 SCHEMA = 1
 RATIO = "step_ratio"
+GONE = "not measured any more"
 KEY = ("dataset", "model", "T", "kernel", "precision", "memory", "method", "method_config")
 # A miss is infinity by definition, and no fault.
 MAY_BE_INFINITE = ("_to_target", "_to_target_s", "_to_target_j")
+# What some machines cannot measure; a pull request does not choose its machine.
+OF_THE_MACHINE = {"energy_measured_j", "energy_to_target_j", "peak_reserved_bytes",
+                  "peak_nvml_bytes"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,10 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class CellBaseline:
-    """Figures of one cell, means over its seeds; None was not measured."""
+    """Figures of one cell, means over its seeds; None was not measured.
+
+    `measured` names all columns that every seed had, with a limit or without.
+    """
 
     dataset: str
     model: str
@@ -103,6 +111,7 @@ class CellBaseline:
     kernel_path: str | None
     seeds: tuple[int, ...]
     figures: dict[str, float | None]
+    measured: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -139,6 +148,7 @@ class Check:
     limit: str
     ok: bool
     why: str = ""
+    absolute: bool = False  # whether the limit is one of the difference, or of its share
 
 
 @dataclass(frozen=True)
@@ -198,16 +208,13 @@ def of(
         }
         first = dict(zip(KEY, key, strict=True))
         path = runs["kernel_path"].iloc[0]
-        cells.append(
-            first
-            | {
-                "T": int(runs["T"].iloc[0]),
-                "method_config": json.loads(first["method_config"]),
-                "kernel_path": None if pd.isna(path) else str(path),
-                "seeds": sorted(int(s) for s in runs["seed"]),
-                "figures": figures,
-            }
-        )
+        own = {
+            "T": int(runs["T"].iloc[0]),
+            "method_config": json.loads(first["method_config"]),
+            "kernel_path": None if pd.isna(path) else str(path),
+            "seeds": sorted(int(s) for s in runs["seed"]),
+        }
+        cells.append({**first, **own, "figures": figures, "measured": _measured(runs)})
     made = {k: _one(frame, k) for k in ("version", "torch", "machine_id", "device", "source_hash")}
     return {
         "schema": SCHEMA,
@@ -240,9 +247,9 @@ def _figure(
 ) -> dict[int, float]:
     """Values by seed; a time is the ratio to the yardstick's of the same workload and seed."""
     if name != RATIO:
-        values = (
-            pd.to_numeric(runs[name], errors="coerce") if name in runs else runs["T"] * math.nan
-        )
+        if name not in runs:
+            return {}
+        values = pd.to_numeric(runs[name], errors="coerce")
         both = zip(runs["seed"], values, strict=True)
         return {int(s): float(v) for s, v in both if pd.notna(v)}
     if yardstick is None:
@@ -255,6 +262,12 @@ def _figure(
     times = _figure(frame, unit, "step_ms_p50", None)
     own = _figure(frame, runs, "step_ms_p50", None)
     return {s: own[s] / times[s] for s in own if times.get(s)}
+
+
+def _measured(runs: pd.DataFrame) -> list[str]:
+    """Figures that every run has and any machine can measure."""
+    names = [c for c in ESTIMATED if c in runs and c not in OF_THE_MACHINE]
+    return [c for c in names if runs[c].notna().all()]
 
 
 def not_finite(folder: SuiteFolder) -> list[Check]:
@@ -298,21 +311,18 @@ def check(folder: SuiteFolder, baseline: Baseline) -> Verdict:
         reason = "" if pd.isna(row["reason"]) else f": {' '.join(str(row['reason']).split())}"
         why = f"{row['status']}{reason}"
         checks.append(Check(str(row["run_id"]), "status", None, None, "done", False, why))
+    odd = {c.figure for c in checks}  # has failed before, and is no figure that is absent
     for cell in baseline.cells:
-        runs = now.pop(cell.key, None)
-        checks += _checked(cell, runs, frame, baseline)
+        found = _checked(cell, now.pop(cell.key, None), frame, baseline)
+        checks += [c for c in found if c.why != GONE or c.figure not in odd]
     notes = [
         f"not in the baseline, and not checked: {' '.join(key[i] for i in (6, 1, 3))} T={key[2]}"
         for key in now
     ]
-    made = {k: _one(frame, k) for k in ("machine_id", "torch")}
-    notes += [
-        f"{k} is {v}; the baseline was made with {baseline.made.get(k)}"
-        for k, v in made.items()
-        if v != baseline.made.get(k)
-    ]
-    better = [c for c in checks if c.ok and c.why]
-    notes += [f"{c.figure} of {c.cell}: {c.why}" for c in better]
+    for k in ("machine_id", "torch"):
+        if (v := _one(frame, k)) != (was := baseline.made.get(k)):
+            notes.append(f"{k} is {v}; the baseline was made with {was}")
+    notes += [f"{c.figure} of {c.cell}: {c.why}" for c in checks if c.ok and c.why]
     return Verdict(baseline.suite, checks, notes)
 
 
@@ -337,16 +347,17 @@ def _checked(
         if was is None:
             continue
         if set(values) != set(cell.seeds):
-            why = "not measured any more"
-            found.append(Check(name, figure, was, None, str(limit), False, why))
+            found.append(Check(name, figure, was, None, str(limit), False, GONE))
             continue
         now = _middle(figure, values)
         ok = limit.holds(was, now)
         # A limit on one side only: what moved as far to the other side makes the baseline old.
         gained = ok and limit.change_share is None and not limit.holds(-was, -now)
         why = "better than the baseline by more than its limit; --update" if gained else ""
-        found.append(Check(name, figure, was, now, str(limit), ok, why))
-    return found
+        found.append(Check(name, figure, was, now, str(limit), ok, why, limit.fall is not None))
+    still = {*_measured(runs), *baseline.limits}
+    lost = [figure for figure in cell.measured if figure not in still]
+    return found + [Check(name, f, None, None, "measured", False, GONE) for f in lost]
 
 
 def to_markdown(verdict: Verdict) -> str:
@@ -363,26 +374,33 @@ def to_markdown(verdict: Verdict) -> str:
     if figures:
         lines += ["| figure | cells | largest change | limit |", "| --- | ---: | ---: | --- |"]
     for figure in figures:
-        mine = [c for c in verdict.checks if c.figure == figure]
-        far = max((_change(c) for c in mine), key=abs, default=0.0)
-        lines.append(f"| {escape(figure)} | {len(mine)} | {_percent(far)} | {mine[0].limit} |")
+        mine = [c for c in verdict.checks if c.figure == figure and c.was is not None]
+        far = max(mine, key=lambda c: abs(_change(c)))
+        lines.append(f"| {escape(figure)} | {len(mine)} | {_moved(far)} | {far.limit} |")
     lines += ["", *(f"- {escape(note)}" for note in verdict.notes[:10])] if verdict.notes else []
     return "\n".join(lines) + "\n"
 
 
 def _texts(c: Check) -> list[str]:
     was, now = ("" if v is None else f"{v:.6g}" for v in (c.was, c.now))
-    share = "" if c.was is None or c.now is None else _percent(_change(c))
-    return [c.cell, c.figure, was, now, c.limit, c.why or share]
+    return [c.cell, c.figure, was, now, c.limit, c.why or (was and now and _moved(c))]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:+.3g}%" if share else "none"
+def _moved(c: Check) -> str:
+    """The change as its limit is given: a difference, or a share of the baseline's."""
+    change = _change(c)
+    if not math.isfinite(change):
+        return "not finite"
+    if not change:
+        return "none" if c.now is not None else "not measured"
+    return f"{change:+.3g}" if c.absolute else f"{100 * change:+.3g}%"
 
 
 def _change(c: Check) -> float:
     if c.was is None or c.now is None:
         return 0.0
+    if c.absolute:
+        return c.now - c.was
     return (c.now - c.was) / abs(c.was) if c.was else float(c.now != 0)
 
 

@@ -52,7 +52,7 @@ def render(source: Source, view: content.View) -> str:
     runs = _by_status(source.runs)
     return page.from_string(FILTER + _part("page.html")).render(
         report=report,
-        legend=content.LEGEND.replace("*", ""),
+        legend=report.legend.replace("*", ""),
         columns=_columns(report),
         cells=_cells(report),
         across_columns=ACROSS_COLUMNS,

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 
-from snnbench.report.content import LEGEND, Report
+from snnbench.report.content import Report
 
 _SPECIAL = str.maketrans(
     {
         "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
         "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
         "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
-        "–": "--", "±": r"$\pm$", "Δ": r"$\Delta$", "∞": r"$\infty$", "`": r"\textasciigrave{}",
+        "–": "--", "±": r"$\pm$", "≥": r"$\geq$", "Δ": r"$\Delta$", "∞": r"$\infty$",
+        "`": r"\textasciigrave{}",
     }
 )  # fmt: skip
 _INTERVAL = re.compile(r"([+-]?\d+\.\d+)(?: ± (\d+\.\d+))?( \(\d+\))?")
@@ -68,7 +69,7 @@ def _figure(text: str) -> str:
 
 
 def _caption(report: Report) -> str:
-    sentences = [report.claim, LEGEND.replace("*", ""), "; ".join(report.facts) + "."]
+    sentences = [report.claim, report.legend.replace("*", ""), "; ".join(report.facts) + "."]
     return escape(" ".join(s for s in sentences if s))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from snnbench.report.content import LEGEND, Report
+from snnbench.report.content import Report
 from snnbench.report.findings import ACROSS_COLUMNS
 from snnbench.report.published import PUBLISHED_COLUMNS
 
 _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\|<>*_`[]#"})
+_CONTROLS = dict.fromkeys((*range(32), *range(127, 160)))
 
 
 def render(report: Report) -> str:
@@ -18,7 +19,7 @@ def render(report: Report) -> str:
         lines += [f"> {escape(report.claim)}", ""]
     lines += [f"- {escape(fact)}" for fact in report.facts]
     lines += ["", *table(report.columns, report.rows, report.strong)]
-    lines += ["", LEGEND, ""]
+    lines += ["", report.legend, ""]
     if report.findings:
         lines += [*(f"- {escape(text)}" for text in report.findings), ""]
     if report.across:
@@ -51,8 +52,8 @@ def table(
 
 
 def escape(text: str) -> str:
-    """Text that markdown shows as it is, on one line."""
-    return " ".join(text.split()).translate(_SPECIAL)
+    """Text that markdown shows as it is, on one line and without what a terminal would obey."""
+    return " ".join(text.split()).translate(_CONTROLS).translate(_SPECIAL)
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -93,11 +93,8 @@ def _workloads(
     names = [k for k in _keys(source) if k != but and frame[k].nunique(dropna=False) > 1]
     if not names:
         return [("", frame)], ""
-    settings = _settings(source.runs)
-    found = [
-        (_title(dict(zip(names, key, strict=True)), settings), rows)
-        for key, rows in frame.groupby(names, dropna=False)
-    ]
+    settings, groups = _settings(source.runs), frame.groupby(names, dropna=False)
+    found = [(_title(dict(zip(names, key, strict=True)), settings), rows) for key, rows in groups]
     return found[:most], _left_out(len(found), most)
 
 
@@ -158,8 +155,7 @@ def over_timesteps(
             if straight:
                 canvas.logarithmic(axis, "y")
                 canvas.a_decade(axis)
-            axis.set_title(title)
-            axis.set_ylabel(name)
+            axis.set(title=title, ylabel=name)
         canvas.legend(figure, axes)
         return figure
 
@@ -173,15 +169,11 @@ def pareto(column: str, name: str, scale: float) -> Callable[[Source], Any]:
         _measured(source, column)
         accurate = _measured(source, "test_acc")
         styles = dict(zip(accurate["label"], accurate["style"], strict=True))
-        by = ["results"] if source.apart else []
-        known = [
-            c
-            for c in summarise(source.runs, metrics=[column], by=by)
-            if _known(c, "test_acc") and _known(c, column)
-        ]
+        found = summarise(source.runs, metrics=[column], by=_keys(source))
+        known = [c for c in found if _known(c, "test_acc")]
         # Nothing is no cost to weigh: a network without spikes would be the front's left end.
-        cells = [c for c in known if _mean(c, column) > 0]
-        without = list(dict.fromkeys(c.label for c in known if c not in cells))
+        cells = [c for c in known if _known(c, column, above=0.0)]
+        without = dict.fromkeys(c.label for c in known if c not in cells and _known(c, column))
         if not cells:
             raise ResultsError(f"no run has both 'test_acc' and a '{column}' above 0")
         varied = [
@@ -206,15 +198,10 @@ def pareto(column: str, name: str, scale: float) -> Callable[[Source], Any]:
                     (c for c in members if c.label == label), key=lambda c: int(c.conditions["T"])
                 )
                 points += _trail(axis, mine, column, scale, styles[label])
-            front = pareto_front(points)
-            axis.plot(*zip(*front, strict=True), color=canvas.INK, alpha=0.3, linewidth=5,
-                      marker="o", markersize=11, markeredgewidth=0,
-                      solid_capstyle="round", zorder=0)  # fmt: skip
+            canvas.front(axis, pareto_front(points))
             if max(x for x, _ in points) > 8 * max(min(x for x, _ in points), 1e-12):
                 canvas.logarithmic(axis, "x")
-            axis.set_title(title)
-            axis.set_xlabel(name)
-            axis.set_ylabel("test accuracy, last epoch, %")
+            axis.set(title=title, xlabel=name, ylabel="test accuracy, last epoch, %")
         canvas.legend(figure, axes)
         return figure
 
@@ -237,14 +224,9 @@ def _trail(
     return at
 
 
-def _known(cell: Cell, column: str) -> bool:
+def _known(cell: Cell, column: str, above: float = -math.inf) -> bool:
     e = cell.estimates.get(column)
-    return e is not None and math.isfinite(e.mean)
-
-
-def _mean(cell: Cell, column: str) -> float:
-    e = cell.estimates.get(column)
-    return math.nan if e is None else e.mean
+    return e is not None and math.isfinite(e.mean) and e.mean > above
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -274,9 +256,9 @@ def curves(source: Source) -> Any:
         for which, (column, name, scale) in enumerate(columns):
             axis = axes[which][place] if down == 2 else axes[0][which]
             _bands(axis, rows, column, scale)
-            axis.set_title(title if which == 0 else "")
-            axis.set_ylabel(name if place == 0 else "")
-            axis.set_xlabel("epoch" if which == down - 1 or down == 1 else "")
+            below = which == down - 1 or down == 1
+            axis.set(title="" if which else title, ylabel="" if place else name,
+                     xlabel="epoch" if below else "")  # fmt: skip
     canvas.legend(figure, axes.flat)
     return figure
 
@@ -318,10 +300,8 @@ def by_layer(source: Source) -> Any:
                 values = [(d, *_interval(g[column])) for d, g in mine.groupby("depth")]
                 if values:
                     axis.errorbar(*zip(*values, strict=True), label=label, **canvas.style(i))
-            axis.set_title(title if axis is row[0] else "")
-            axis.set_xlabel("layer, by depth")
-            axis.set_ylabel(named[column])
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set(title=title if axis is row[0] else "", ylabel=named[column])
+            canvas.depth(axis)
             if column == "grad_norm" and (rows[column].dropna() > 0).all():
                 canvas.logarithmic(axis, "y")
     canvas.legend(figure, axes.flat)
@@ -351,10 +331,8 @@ def fidelity(source: Source) -> Any:
             for label, i, mine in _by_label(frame[frame["epoch"] == epoch]):
                 at = [(d, *_interval(g[column])) for d, g in mine.groupby("depth")]
                 axis.errorbar(*zip(*at, strict=True), label=label, **canvas.style(i))
-            axis.set_title(title if row == 0 else "")
-            axis.set_ylabel(name)
-            axis.set_xlabel("layer, by depth" if row else "")
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set(title="" if row else title, ylabel=name)
+            canvas.depth(axis, named=row > 0)
     canvas.legend(figure, axes[0])
     return figure
 
@@ -382,18 +360,13 @@ def profiles(source: Source) -> Any:
     runs = _aimed(source)
     # `ann` runs at T = 1 only, where it has no partner.
     frame = _labelled(source, runs[runs["method"] != "ann"])
-    keys = [*_keys(source), "target", "seed"]
-    workloads = frame[keys].astype("string").fillna("").agg("|".join, axis=1)
-    table = frame.assign(at=workloads).drop_duplicates(["at", "label"], keep="last")
+    at = frame[[*_keys(source), "target", "seed"]].astype("string").fillna("")
+    table = frame.assign(at=at.agg("|".join, axis=1)).drop_duplicates(["at", "label"], keep="last")
     table = table.pivot(index="at", columns="label", values="time_to_target_s").dropna()
     if table.empty:
         raise ResultsError("no workload and seed on which every method was tried")
-    figure, axes = canvas.panels(
-        1,
-        1,
-        f"{source.title}: time to target over {len(table)} workloads and seeds\n"
-        "a run that ended badly has missed it",
-    )
+    said = f"{source.title}: time to target over {len(table)} workloads and seeds"
+    figure, axes = canvas.panels(1, 1, f"{said}\na run that ended badly has missed it")
     axis = axes[0][0]
     costs = {str(label): table[label].tolist() for label in table}
     shares = stats.profiles(costs, FACTORS.tolist())
@@ -402,9 +375,8 @@ def profiles(source: Source) -> Any:
         axis.step(FACTORS, shares[label], where="post", label=label, color=look["color"],
                   linestyle=look["linestyle"])  # fmt: skip
     axis.set_xscale("log", base=2)
-    axis.set_ylim(-0.02, 1.02)
-    axis.set_xlabel("time over that of the fastest method")
-    axis.set_ylabel("share of workloads and seeds")
+    axis.set(ylim=(-0.02, 1.02), xlabel="time over that of the fastest method",
+             ylabel="share of workloads and seeds")  # fmt: skip
     canvas.legend(figure, [axis])
     return figure
 
@@ -433,7 +405,6 @@ FIGURES: dict[str, Callable[[Source], Any]] = {
     "fidelity": fidelity,
     "profiles": profiles,
 }
-
 SHOWS = {
     "pareto-time": "accuracy against training time, with the Pareto front",
     "pareto-memory": "accuracy against bytes saved for backward, with the Pareto front",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from snnbench.tables import TEXT_COLUMNS, read_runs
 
 SPEC_COLUMNS = ("dataset", "model", "method", "method_config", "T", "seed", "kernel", "precision",
                 "memory", "kind")  # fmt: skip
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # a terminal would obey them
 EMPTY = pd.DataFrame({"run_id": pd.Series(dtype="string")})
 
 
@@ -43,7 +45,8 @@ class Source:
     def suites(self) -> list[str]:
         """Names of the suites, once each."""
         named = zip(self.plans, self.folders, strict=True)
-        return list(dict.fromkeys(str(_suite(p).get("name", f.path.name)) for p, f in named))
+        names = (str(_suite(p).get("name", f.path.name)) for p, f in named)
+        return list(dict.fromkeys(re.sub(CONTROL, "", name) for name in names))
 
     @property
     def title(self) -> str:
@@ -53,9 +56,8 @@ class Source:
     @property
     def claim(self) -> str:
         """What was to be tested."""
-        return " / ".join(
-            dict.fromkeys(c for p in self.plans if (c := str(_suite(p).get("claim", ""))))
-        )
+        claims = (re.sub(CONTROL, "", str(_suite(p).get("claim", ""))) for p in self.plans)
+        return " / ".join(dict.fromkeys(c for c in claims if c))
 
     @cached_property
     def epochs(self) -> pd.DataFrame:
@@ -104,25 +106,38 @@ class Source:
 def read(
     folders: Sequence[SuiteFolder], where: Mapping[str, Sequence[str]] | None = None
 ) -> Source:
-    """Read the tables; raises ResultsError, or UsageError for a filter that names no column."""
+    """Read the tables, without the control characters that a message may have brought along.
+
+    Raises ResultsError, or UsageError for a filter that names no column or that no run fits.
+    """
     folders = list({f.path.resolve(): f for f in folders}.values())
     frames = [read_runs(f).assign(results=str(f.path)) for f in folders]
     runs = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
     if "kind" in runs:
         runs["kind"] = runs["kind"].fillna("train")
+    for name in TEXT_COLUMNS:
+        if name in runs and pd.api.types.is_string_dtype(runs[name]):
+            runs[name] = runs[name].str.replace(CONTROL, "", regex=True)
     runs = fitting(runs, where or {})
     apart = bool(runs["run_id"].duplicated().any())
     return Source(tuple(folders), runs.reset_index(drop=True), apart, dict(where or {}))
 
 
 def fitting(runs: pd.DataFrame, where: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """The rows that have one of the wanted values in each column; raises UsageError."""
+    """The rows that have one of the wanted values in each column; raises UsageError.
+
+    That no row of several does is an error as well, so that no report is empty by a slip.
+    """
+    all_ = len(runs)
     for column, values in where.items():
         if column not in runs:
             raise UsageError(
                 f"--where {column}: no such column{did_you_mean(column, runs.columns)}"
             )
         runs = runs[[_fits(value, values) for value in runs[column]]]
+    if all_ and runs.empty:
+        rules = ",".join(f"{k}={v}" for k, values in where.items() for v in values)
+        raise UsageError(f"--where {rules}: no run fits, of {all_}")
     return runs
 
 
