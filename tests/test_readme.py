@@ -68,7 +68,7 @@ def test_every_command_works_in_the_order_of_the_readme(folder):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     report = json.loads(run("snnbench report smoke --format json", folder).stdout)
     reached = {cell["label"]: cell["test_acc"] for cell in report["cells"]}
-    assert set(reached) == {"bptt", "tet", "shortcut", "rate", "grad_scale"}
+    assert set(reached) == {"bptt", "tet", "shortcut", "rate", "grad_scale", "ann"}
     assert all(accuracy > 0.95 for accuracy in reached.values()), reached
     assert all(cell["n"] == 3 for cell in report["cells"])
 
