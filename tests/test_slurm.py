@@ -117,8 +117,6 @@ def under_way(on_slurm: Bench, tmp_path: Path) -> Path:
     return suite
 
 
-# Seen to submit a second job on a busy machine while the first was between two queues: open.
-@pytest.mark.slow
 def test_a_warned_run_saves_itself_is_queued_again_and_goes_on(
     on_slurm: Bench, under_way: Path, tmp_path: Path
 ) -> None:

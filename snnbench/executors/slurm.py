@@ -104,9 +104,21 @@ class SlurmExecutor:
         return True
 
     def attached(self, folder: RunFolder) -> bool:
-        """Whether a job of an earlier command is waiting or running for this run."""
+        """Whether a job of an earlier command is waiting or running for this run.
+
+        Raises WorkerError if Slurm does not say: a second job is worse than none.
+        """
         job = queue.job_of(folder)
-        state = self.state(job) if job else None
+        if job is None:
+            return False
+        deadline = time.monotonic() + queue.PATIENCE_S
+        while (state := self.state(job)) is None:
+            if time.monotonic() > deadline:
+                raise WorkerError(
+                    "squeue does not answer: it is not known whether a job of an earlier command "
+                    "is still there, and a run must not be submitted twice; try again later"
+                )
+            time.sleep(0.5)
         return state in queue.WAITING or state in queue.RUNNING
 
     def submit(
