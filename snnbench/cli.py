@@ -12,11 +12,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from snnbench import __version__, cli_judge, cli_report
-from snnbench.cli_data import Json, data_app
-from snnbench.cli_doctor import doctor
-from snnbench.cli_peers import peers
-from snnbench.cli_run import Set, cancel, logs, plan, run, status
+from snnbench import __version__
+from snnbench.commands import judge, report
+from snnbench.commands.data import Json, data_app
+from snnbench.commands.doctor import doctor
+from snnbench.commands.peers import peers
+from snnbench.commands.run import Set, cancel, logs, plan, run, status
 from snnbench.errors import ExitCode, SnnbenchError
 
 app = typer.Typer(
@@ -35,8 +36,8 @@ for command in (run, plan, status, cancel, logs):
 app.add_typer(data_app, name="data")
 app.command()(peers)
 app.command()(doctor)
-cli_report.add_to(app)
-cli_judge.add_to(app)
+report.add_to(app)
+judge.add_to(app)
 new_app = typer.Typer(help="Write a skeleton.", no_args_is_help=True)
 app.add_typer(new_app, name="new")
 

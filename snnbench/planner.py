@@ -16,8 +16,8 @@ from platformdirs import user_cache_dir
 from snnbench import registry
 from snnbench.errors import ResultsError, WorkerError
 from snnbench.executors.local import LocalExecutor
-from snnbench.progress import Ledger, work_of
-from snnbench.publish import publish_json
+from snnbench.runs.progress import Ledger, work_of
+from snnbench.runs.publish import publish_json
 from snnbench.spec import RunSpec, canonical, digest
 from snnbench.store import ENDED, FAILURES, Status, SuiteFolder
 from snnbench.suite import Options, Suite, expand, fail, load, matches, method_variants

@@ -15,15 +15,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from snnbench import lease, registry
-from snnbench.attempt import Attempt
-from snnbench.collect import Tables
+from snnbench import registry
 from snnbench.errors import DataError, ResultsError, SuiteError, UsageError
 from snnbench.executors.base import Executor
 from snnbench.executors.local import LocalExecutor, Places
 from snnbench.planner import Plan, Planned, built_in_modules
+from snnbench.runs import lease
+from snnbench.runs.attempt import Attempt
+from snnbench.runs.collect import Tables
+from snnbench.runs.stopping import GRACE_S, Alike, Cancel, Interrupts
 from snnbench.spec import SCHEMA, RunSpec, canonical
-from snnbench.stopping import GRACE_S, Alike, Cancel, Interrupts
 from snnbench.store import ENDED, FAILURES, RunFolder, SuiteFolder
 
 LOOK_S = 0.1  # between looks at what gives no sign of its own
@@ -292,7 +293,7 @@ def _executor(
     policy = plan.suite.run
     if policy.executor == "slurm":
         from snnbench.executors.slurm import SlurmExecutor
-        from snnbench.node import Task
+        from snnbench.runs.node import Task
 
         task = Task(asdict(policy))
         return SlurmExecutor(plan.folder.jobs, plan.suite.name, plan.suite.slurm, task)

@@ -34,9 +34,9 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from snnbench.errors import ResultsError, SchemaError
-from snnbench.publish import publish as publish
-from snnbench.publish import publish_json as publish_json
-from snnbench.publish import storage_error as storage_error
+from snnbench.runs.publish import publish as publish
+from snnbench.runs.publish import publish_json as publish_json
+from snnbench.runs.publish import storage_error as storage_error
 from snnbench.spec import SCHEMA, RunSpec
 
 Status = Literal[

@@ -21,7 +21,7 @@ from annotated_types import Ge, Gt, Le, Len
 
 from snnbench.entries import method_errors, unknown_names
 from snnbench.errors import SuiteError, UsageError
-from snnbench.policy import RunPolicy, SlurmOptions
+from snnbench.runs.policy import RunPolicy, SlurmOptions
 from snnbench.spec import (
     Capacity,
     Kind,

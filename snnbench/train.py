@@ -17,22 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnbench import checkpoint, group
 from snnbench.data.base import Data, Split
 from snnbench.errors import DivergedError
-from snnbench.evaluate import (
+from snnbench.measure.clock import PARTS, StepClock, quartiles, synchronize, timing_warning
+from snnbench.measure.energy import Joules
+from snnbench.measure.health import gradient_norms
+from snnbench.spec import digest, sub_seed
+from snnbench.training import checkpoint, group
+from snnbench.training.evaluate import (
     accuracy,
     accuracy_and_spikes,
     accuracy_with_heads,
     compare_gradients,
     count_spikes,
 )
-from snnbench.job import Job, Step, prepare, train_step, warm_up
-from snnbench.measure.clock import PARTS, StepClock, quartiles, synchronize, timing_warning
-from snnbench.measure.energy import Joules
-from snnbench.measure.health import gradient_norms
-from snnbench.recipe import Phase, learning_rate, make_optimizer, phases
-from snnbench.spec import digest, sub_seed
+from snnbench.training.job import Job, Step, prepare, train_step, warm_up
+from snnbench.training.recipe import Phase, learning_rate, make_optimizer, phases
 
 WARM_UP_STEPS = 2
 AUGMENT_CHUNK = 4096

@@ -20,9 +20,18 @@ from typing import Any
 
 import torch
 
-from snnbench import group, machine, registry
-from snnbench.allocator import keep_freed_memory
-from snnbench.build import (
+from snnbench import machine, registry
+from snnbench.doctor import examine, quick, warnings
+from snnbench.errors import DivergedError, ResultsError, SnnbenchError, WorkerError
+from snnbench.methods import contract as contract_of_methods
+from snnbench.neurons import LIF, PRESETS, neuron_options
+from snnbench.runs.lease import Lease
+from snnbench.spec import SCHEMA, RunSpec, did_you_mean, validate
+from snnbench.store import RunFolder
+from snnbench.train import train
+from snnbench.training import group
+from snnbench.training.allocator import keep_freed_memory
+from snnbench.training.build import (
     Context,
     RunSkipped,
     build,
@@ -33,19 +42,11 @@ from snnbench.build import (
     meet,
     of_one_device,
 )
-from snnbench.cost import capacity, measure, probed
-from snnbench.doctor import examine, quick, warnings
-from snnbench.errors import DivergedError, ResultsError, SnnbenchError, WorkerError
-from snnbench.isolated import die_with_parent
-from snnbench.job import Job
-from snnbench.lease import Lease
-from snnbench.methods import contract as contract_of_methods
-from snnbench.neurons import LIF, PRESETS, neuron_options
-from snnbench.oom import after_oom, is_out_of_memory, more_parts, size_asked_for
-from snnbench.spec import SCHEMA, RunSpec, did_you_mean, validate
-from snnbench.store import RunFolder
-from snnbench.team import team
-from snnbench.train import train
+from snnbench.training.cost import capacity, measure, probed
+from snnbench.training.isolated import die_with_parent
+from snnbench.training.job import Job
+from snnbench.training.oom import after_oom, is_out_of_memory, more_parts, size_asked_for
+from snnbench.training.team import team
 
 CLAIM_WAIT_S = 20.0
 LEASE_WAIT_S = 3.0

@@ -13,15 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snnbench import cost
-from snnbench.cost import MEMORY, capacity, largest, measure, probe, probed
-from snnbench.isolated import isolated
-from snnbench.job import Job
 from snnbench.measure.clock import PARTS, StepClock, timing_warning
 from snnbench.measure.spikes import Meter
 from snnbench.models.layer import Layer
 from snnbench.neurons import LIF
 from snnbench.spec import Capacity
+from snnbench.training import cost
+from snnbench.training.cost import MEMORY, capacity, largest, measure, probe, probed
+from snnbench.training.isolated import isolated
+from snnbench.training.job import Job
 from tests.test_measure import Chain, awake, linear
 from tests.test_train import make_job
 

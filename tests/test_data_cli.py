@@ -13,7 +13,7 @@ import pytest
 from event_files import recording, write_atis
 from typer.testing import CliRunner
 
-from snnbench.cli_data import data_app
+from snnbench.commands.data import data_app
 from snnbench.data.folders import TinyImageNet
 from snnbench.data.recordings import NMNIST
 from snnbench.data.vision import CIFAR10, FashionMNIST

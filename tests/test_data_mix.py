@@ -16,8 +16,8 @@ from snnbench.data import augment, mix
 from snnbench.data.augment import decide_rand, flip, randaugment, roll
 from snnbench.data.base import Data, Split
 from snnbench.data.mix import beta, blend, cutmix, mixing, mixup
-from snnbench.recipe import smooth
 from snnbench.train import batches
+from snnbench.training.recipe import smooth
 
 
 def gen(seed: int) -> torch.Generator:

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from snnbench import group, registry
+from snnbench import registry
 from snnbench.errors import SnnbenchError
-from snnbench.group import SyncedBatchNorm2d
-from snnbench.job import Job, Step, prepare, train_step
 from snnbench.measure.clock import StepClock
 from snnbench.models.layer import TdBatchNorm2d
-from snnbench.team import team
 from snnbench.train import batches, epoch_order, train
+from snnbench.training import group
+from snnbench.training.group import SyncedBatchNorm2d
+from snnbench.training.job import Job, Step, prepare, train_step
+from snnbench.training.team import team
 from tests.conftest import without_timing
 from tests.test_train import make_job
 

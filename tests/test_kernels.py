@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from test_train import make_job
 from torch import nn
 
-from snnbench import engine, registry
+from snnbench import registry
 from snnbench.errors import DivergedError
 from snnbench.kernels import choice, compiled, native, rates, saved
 from snnbench.kernels.choice import choose
@@ -40,6 +40,7 @@ from snnbench.models.resnet import ResNet18, SEWResNet18
 from snnbench.models.vgg import VGG11
 from snnbench.neurons import LIF, SURROGATES, ATan, Sigmoid
 from snnbench.train import train
+from snnbench.training import engine
 
 CPU = torch.device("cpu")
 EPS = 1e-4  # |v_pre - v_th| below which rounding may decide
@@ -659,8 +660,8 @@ def test_bytes_kept_for_every_neuron_and_timestep():
 def test_operations_of_a_training_step():
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from snnbench.recipe import make_optimizer
     from snnbench.spec import TrainConfig
+    from snnbench.training.recipe import make_optimizer
 
     class Count(TorchDispatchMode):
         done = 0
@@ -808,7 +809,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     """In a process of its own: what was set stays."""
     code = """
 import ctypes, resource
-from snnbench.allocator import keep_freed_memory
+from snnbench.training.allocator import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

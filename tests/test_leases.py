@@ -20,9 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snnbench import lease
 from snnbench.errors import ResultsError
-from snnbench.lease import Keeper, Lease, Watch, claim, holder, is_free, newest_token
+from snnbench.runs import lease
+from snnbench.runs.lease import Keeper, Lease, Watch, claim, holder, is_free, newest_token
 
 
 class Clock:
@@ -164,7 +164,7 @@ def test_no_wall_clock_decides(
 CODE = """
     import sys, time
     from pathlib import Path
-    from snnbench.lease import Watch, claim
+    from snnbench.runs.lease import Watch, claim
     assert claim(Path(sys.argv[1]), Watch(), 600.0)
     print("held", flush=True)
     time.sleep(60)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import typer
 from torch import nn
 
-from snnbench import cli_peers
+from snnbench.commands import peers as command
 from snnbench.errors import ExitCode, UsageError, WorkerError
 from snnbench.models.convnet import ConvNet
 from snnbench.neurons import ReLU
@@ -428,7 +428,7 @@ def test_the_command_ends_with_an_error_where_nobody_took_part(monkeypatch, tmp_
     results = [made(Row("norse:step", status="absent", reason="norse is not installed"))]
     monkeypatch.setattr(bench, "compare", lambda *_: results)
     with pytest.raises(typer.Exit) as ended:
-        cli_peers.peers(only="norse:step", output=tmp_path)
+        command.peers(only="norse:step", output=tmp_path)
     assert ended.value.exit_code == ExitCode.RUNS_FAILED == 1
 
 

@@ -11,8 +11,8 @@ import pytest
 from snnbench.errors import WorkerError
 from snnbench.executors import queue
 from snnbench.executors.slurm import SlurmExecutor
-from snnbench.policy import SlurmOptions
-from snnbench.publish import publish_json
+from snnbench.runs.policy import SlurmOptions
+from snnbench.runs.publish import publish_json
 from snnbench.store import RunFolder
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import Bench, events, rows, write_suite
 
-from snnbench import overview, planner, scale
-from snnbench.progress import Ledger
+from snnbench import planner
+from snnbench.runs import overview, scale
+from snnbench.runs.progress import Ledger
 from snnbench.spec import RunSpec, TrainConfig
 from snnbench.store import SuiteFolder
 

@@ -11,12 +11,12 @@ from test_train import make_job
 from snnbench import train as training
 from snnbench.claims import published_claims
 from snnbench.methods.shortcut import Shortcut
-from snnbench.recipe import phases
 from snnbench.report import content, markdown
 from snnbench.spec import Every, Inherit, MeasureConfig
 from snnbench.store import SuiteFolder
 from snnbench.suite import load, shipped
 from snnbench.tables import Writer
+from snnbench.training.recipe import phases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,9 +17,9 @@ from conftest import Bench, write_suite
 import snnbench
 from snnbench.errors import ExitCode, ResultsError
 from snnbench.executors import queue
-from snnbench.overview import log_of
-from snnbench.policy import SlurmOptions
-from snnbench.progress import Ledger
+from snnbench.runs.overview import log_of
+from snnbench.runs.policy import SlurmOptions
+from snnbench.runs.progress import Ledger
 from snnbench.spec import RunSpec, TrainConfig
 from snnbench.store import RunFolder, SuiteFolder
 

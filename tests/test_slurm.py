@@ -19,7 +19,7 @@ from slurm_cluster import cluster, why_not
 
 from snnbench.errors import ExitCode
 from snnbench.executors import queue
-from snnbench.lease import holder
+from snnbench.runs.lease import holder
 from snnbench.store import RunFolder
 
 pytestmark = [

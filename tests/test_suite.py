@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from snnbench.errors import SuiteError, UsageError
-from snnbench.policy import RunPolicy
+from snnbench.runs.policy import RunPolicy
 from snnbench.spec import RunSpec
 from snnbench.suite import (
     Options,

@@ -15,21 +15,21 @@ import torch
 from conftest import without_timing
 from torch import Tensor, nn
 
-from snnbench import recipe as recipes
 from snnbench import registry, train
-from snnbench.cost import probe
 from snnbench.data.augment import pipeline
 from snnbench.data.base import Data, Split
 from snnbench.data.digits import Digits
-from snnbench.engine import Engine, resolve_precision
 from snnbench.errors import DivergedError
-from snnbench.job import Job, warm_up
 from snnbench.kernels import native
 from snnbench.kernels.choice import choose
 from snnbench.methods.base import Method
 from snnbench.models.convnet import ConvNet
 from snnbench.neurons import LIF
 from snnbench.spec import RunSpec, TrainConfig, sub_seed
+from snnbench.training import recipe as recipes
+from snnbench.training.cost import probe
+from snnbench.training.engine import Engine, resolve_precision
+from snnbench.training.job import Job, warm_up
 
 # The artificial twin has no spikes and T = 1 only: it is no case of its own for the loop.
 METHODS = [name for name in registry.BUILT_IN["methods"] if name != "ann"]

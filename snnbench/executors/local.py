@@ -28,7 +28,7 @@ from snnbench.store import RunFolder
 
 WORKER = "snnbench.worker"
 # torch imports this, for two seconds, when the first optimizer is made.
-WARM = ("torch._dynamo", "snnbench.warm")
+WARM = ("torch._dynamo", "snnbench.training.warm")
 UNKNOWN_CODE = 255  # what multiprocessing says of a child whose server has died
 NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
 # A process that ends by one of these was ended by somebody else; by another, by its own fault.

@@ -1,7 +1,7 @@
 """Runs on a Slurm cluster, as job arrays through submitit.
 
-A job is `snnbench.node.Task` on the folder of one run; what crosses to the node and back lies in
-that folder, as data.  (submitit itself hands the task over as a pickle below `slurm/`, which only
+A job is `snnbench.runs.node.Task` on the folder of one run; what crosses to the node and back lies
+in that folder, as data. (submitit itself hands the task over as a pickle below `slurm/`, which only
 jobs read.)  A job outlives the command that submitted it: the next one finds its id in the run's
 folder, and waits for it.
 """
@@ -17,8 +17,8 @@ from typing import Any
 from snnbench.errors import WorkerError
 from snnbench.executors import queue
 from snnbench.executors.base import Handle
-from snnbench.policy import SlurmOptions
-from snnbench.publish import publish_json
+from snnbench.runs.policy import SlurmOptions
+from snnbench.runs.publish import publish_json
 from snnbench.store import RunFolder
 
 # Ends that are nobody's failure: a user's, or one after which the node wrote what there is.

@@ -29,9 +29,9 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from snnbench import group
 from snnbench.methods.base import Method
 from snnbench.models.layer import Layer, over_time
+from snnbench.training import group
 
 TRACE_DECAY = exp(-1)
 

@@ -28,11 +28,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snnbench import group
 from snnbench.kernels import rates
 from snnbench.methods.base import Method
 from snnbench.models.layer import Layer, Network, frames, normed, over_time, parts_of
 from snnbench.neurons import LIF, wide
+from snnbench.training import group
 
 
 class Rate(Method):

@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from snnbench.group import SyncedBatchNorm2d
 from snnbench.kernels.reference import Reference
 from snnbench.kernels.saved import Keeper
 from snnbench.neurons import LIF, ReLU
+from snnbench.training.group import SyncedBatchNorm2d
 
 Run = Callable[..., Tensor]
 Apply = Callable[[nn.Module, Tensor], Tensor]

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from snnbench import machine
-from snnbench.allocator import keep_freed_memory
 from snnbench.errors import DivergedError, UsageError, WorkerError
 from snnbench.measure.clock import StepClock, synchronize
 from snnbench.measure.memory import peak_bytes, reset_peak
 from snnbench.peers import contestants
 from snnbench.peers.contestants import Entry, Setup
+from snnbench.training.allocator import keep_freed_memory
 
 BATCHES = 4  # different ones, in turn
 PEAK_STEPS = 3

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snnbench import registry
-from snnbench.engine import Engine, set_matmul_precision
 from snnbench.errors import WorkerError
 from snnbench.kernels.choice import choose
 from snnbench.kernels.saved import Level
@@ -27,6 +26,7 @@ from snnbench.methods.base import Method
 from snnbench.models.layer import Layer, Network
 from snnbench.peers.libraries import NEURON, Floor, Library, Norse, SnnTorch, SpikingJelly
 from snnbench.spec import sub_seed
+from snnbench.training.engine import Engine, set_matmul_precision
 
 OURS = ("ours", "published")
 LIBRARIES = {"spikingjelly": SpikingJelly, "snntorch": SnnTorch, "norse": Norse, "floor": Floor}

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from snnbench.cli_data import DataRoot, Json, data_root_of
-from snnbench.cli_run import device_named
+from snnbench.commands.data import DataRoot, Json, data_root_of
+from snnbench.commands.run import device_named
 
 
 def doctor(

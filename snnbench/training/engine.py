@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnbench import group
 from snnbench.kernels.choice import Choice
 from snnbench.kernels.saved import Keeper, Level
 from snnbench.methods.base import Method
 from snnbench.models.layer import Network
+from snnbench.training import group
 
 # Gradients of fp16 runs are multiplied by this, and divided again; it halves on an overflow.
 LOSS_SCALE = 2.0**10

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from snnbench import group, registry
-from snnbench.engine import Engine, resolve_precision, set_matmul_precision
+from snnbench import registry
 from snnbench.errors import WorkerError
-from snnbench.job import Job
 from snnbench.kernels.choice import choose
 from snnbench.neurons import LIF
 from snnbench.spec import RunSpec, sub_seed, validate
+from snnbench.training import group
+from snnbench.training.engine import Engine, resolve_precision, set_matmul_precision
+from snnbench.training.job import Job
 
 
 @dataclass(frozen=True)

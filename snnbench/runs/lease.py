@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snnbench.publish import storage_error
+from snnbench.runs.publish import storage_error
 
 BEATS_PER_TTL = 6
 

@@ -15,14 +15,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from snnbench import lease, registry
-from snnbench.attempt import Attempt
+from snnbench import registry
 from snnbench.errors import ResultsError, SuiteError
 from snnbench.executors.local import LocalExecutor, Places
 from snnbench.planner import built_in_modules
-from snnbench.policy import RunPolicy
+from snnbench.runs import lease
+from snnbench.runs.attempt import Attempt
+from snnbench.runs.policy import RunPolicy
+from snnbench.runs.stopping import GRACE_S, Cancel
 from snnbench.spec import RunSpec, validate
-from snnbench.stopping import GRACE_S, Cancel
 from snnbench.store import RunFolder, SuiteFolder
 
 LOOK_S = 0.2

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from snnbench.cli_data import DataRoot, Json, data_root_of
-from snnbench.cli_report import Format, Output, Where, give, names_in, results_of
-from snnbench.cli_run import Results, Set, device_named
+from snnbench.commands.data import DataRoot, Json, data_root_of
+from snnbench.commands.report import Format, Output, Where, give, names_in, results_of
+from snnbench.commands.run import Results, Set, device_named
 from snnbench.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:  # it imports much that `--help` need not wait for

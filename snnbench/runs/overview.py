@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snnbench import lease
 from snnbench.errors import ResultsError
 from snnbench.executors import queue
-from snnbench.progress import Ledger, run_state
+from snnbench.runs import lease
+from snnbench.runs.progress import Ledger, run_state
+from snnbench.runs.stopping import ask_to_cancel
 from snnbench.spec import did_you_mean
-from snnbench.stopping import ask_to_cancel
 from snnbench.store import RunFolder, SuiteFolder
 
 GOING_ON = ("running", "queued")

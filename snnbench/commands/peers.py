@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from snnbench.cli_data import Json
+from snnbench.commands.data import Json
 from snnbench.errors import ExitCode
 
 

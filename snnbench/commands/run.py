@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from snnbench.cli_data import DataRoot, Json, data_root_of
+from snnbench.commands.data import DataRoot, Json, data_root_of
 from snnbench.errors import ExitCode, ResultsError, UsageError
 
 SuiteArgument = Annotated[str, typer.Argument(help="A suite file, or the name of a shipped suite.")]
@@ -195,7 +195,8 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Print how far the runs of a suite have come, here and on other machines."""
-    from snnbench import console, overview
+    from snnbench import console
+    from snnbench.runs import overview
 
     folder = overview.suite_of(results, suite)
     while True:
@@ -225,7 +226,8 @@ def cancel(
     as_json: Json = False,
 ) -> None:
     """End the runs of a suite, wherever they are; each saves itself, and can be taken up again."""
-    from snnbench import console, overview
+    from snnbench import console
+    from snnbench.runs import overview
 
     folder = overview.suite_of(results, suite)
     left = overview.cancel(folder, run_ or (), wait)
@@ -247,7 +249,8 @@ def logs(
     results: Results = Path("results"),
 ) -> None:
     """Print what the process of a run printed; the beginning of its id is enough."""
-    from snnbench import console, overview, runner
+    from snnbench import console, runner
+    from snnbench.runs import overview
 
     suite_folder, folder = runner.find_run(results, run_id)
     found = overview.log_of(suite_folder, folder, lines)

@@ -14,9 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from snnbench.data.base import Split
-from snnbench.evaluate import count_spikes
-from snnbench.isolated import isolated
-from snnbench.job import Job, Step, prepare, train_step, warm_up
 from snnbench.measure.clock import PARTS, StepClock, quartiles, synchronize, timing_warning
 from snnbench.measure.energy import Joules
 from snnbench.measure.memory import (
@@ -30,6 +27,9 @@ from snnbench.measure.memory import (
     used_bytes,
 )
 from snnbench.spec import Capacity, RunSpec
+from snnbench.training.evaluate import count_spikes
+from snnbench.training.isolated import isolated
+from snnbench.training.job import Job, Step, prepare, train_step, warm_up
 
 PROBE_STEPS = 3
 MEMORY = (

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnbench import group
 from snnbench.data.base import Data, Split
-from snnbench.engine import LOSS_SCALE, Engine
 from snnbench.errors import DivergedError
 from snnbench.measure.clock import StepClock
 from snnbench.measure.health import first_bad_layer
 from snnbench.methods.base import Method
 from snnbench.models.layer import Network
-from snnbench.recipe import make_optimizer, smooth
 from snnbench.spec import RunSpec, sub_seed
+from snnbench.training import group
+from snnbench.training.engine import LOSS_SCALE, Engine
+from snnbench.training.recipe import make_optimizer, smooth
 
 
 @dataclass

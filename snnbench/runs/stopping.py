@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from snnbench.publish import publish_json
+from snnbench.runs.publish import publish_json
 from snnbench.spec import SCHEMA
 from snnbench.store import FAILURES, SuiteFolder
 

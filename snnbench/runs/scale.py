@@ -1,4 +1,4 @@
-"""What a suite of many runs costs beyond training: `python -m snnbench.scale 100 1000 10000`.
+"""What a suite of many runs costs beyond training: `python -m snnbench.runs.scale 100 1000 10000`.
 
 The runs go through everything but training itself, in processes of their own; printed are seconds
 to expand, plan, show the state and report, and milliseconds a run to do them one after another.
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from snnbench import overview, planner, runner
+from snnbench import planner, runner
 from snnbench.executors.local import LocalExecutor
 from snnbench.planner import Plan, Planned
+from snnbench.runs import overview
 from snnbench.suite import expand, load
 
-WORKER = "snnbench.scale_worker"
+WORKER = "snnbench.runs.scale_worker"
 SUITE = """
 schema = 1
 name = "scale"

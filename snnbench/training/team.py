@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 from snnbench.errors import SnnbenchError
-from snnbench.isolated import die_with_parent
+from snnbench.training.isolated import die_with_parent
 
 END_S = 10.0  # for the others to end after us
 

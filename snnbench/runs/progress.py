@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snnbench import lease, registry
+from snnbench import registry
 from snnbench.errors import ResultsError
-from snnbench.publish import publish_json
+from snnbench.runs import lease
+from snnbench.runs.publish import publish_json
 from snnbench.spec import RunSpec, canonical, digest
 from snnbench.store import ENDED, RunFolder, Status, SuiteFolder
 

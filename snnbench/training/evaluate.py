@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnbench import group
 from snnbench.data.base import Split
 from snnbench.errors import DivergedError
-from snnbench.job import Job
 from snnbench.measure.energy import modelled
 from snnbench.measure.gradients import fidelity
 from snnbench.measure.health import dead_layers, window_shares
 from snnbench.measure.spikes import Meter
 from snnbench.neurons import LIF
+from snnbench.training import group
+from snnbench.training.job import Job
 
 WINDOW_SAMPLES = 64  # whose membranes are looked at
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snnbench.cli_data import Json
-from snnbench.cli_run import Results
+from snnbench.commands.data import Json
+from snnbench.commands.run import Results
 from snnbench.errors import ResultsError, UsageError
 
 if TYPE_CHECKING:  # they import pandas, which takes half a second

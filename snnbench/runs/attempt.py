@@ -14,8 +14,8 @@ from typing import Any
 from snnbench import registry
 from snnbench.errors import WorkerError
 from snnbench.executors.base import Executor, Handle
-from snnbench.lease import Lease, holder
-from snnbench.policy import RunPolicy
+from snnbench.runs.lease import Lease, holder
+from snnbench.runs.policy import RunPolicy
 from snnbench.spec import SCHEMA, RunSpec
 from snnbench.store import RunFolder, SuiteFolder
 

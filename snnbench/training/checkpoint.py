@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnbench.engine import Engine
 from snnbench.registry import source_hash
 from snnbench.spec import digest
+from snnbench.training.engine import Engine
 
 
 def pack(

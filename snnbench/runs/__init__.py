@@ -1,0 +1,1 @@
+"""Runs from outside: who has one, how far it is, when it ends. Nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""One run from inside: what is built, trained, evaluated, saved and shared out."""
