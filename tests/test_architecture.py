@@ -87,6 +87,7 @@ ROWS = [
 SIDEWAYS = {
     ("machine", "spec"),
     *(("kernels.fused", f"kernels.{m}") for m in ("rates", "reference")),
+    ("kernels.rates", "kernels.pointwise"),
     *(("kernels.choice", f"kernels.{m}") for m in ("fused", "reference")),
     ("runner", "planner"),
     ("measure.gradients", "methods.base"),
@@ -117,7 +118,10 @@ TORCH_FREE = [
     "claims", "training.oom", "peers", "peers.bench", "peers.results", "peers.tables",
     *(m for m in FILES if m.startswith("runs.") and m != "runs.scale_worker"),
 ]  # fmt: skip
-METHOD_SEES = {"neurons", "models.layer", "methods.base", "training.group", "kernels.rates"}
+METHOD_SEES = {
+    "neurons", "models.layer", "methods.base", "training.group", "kernels.rates",
+    "kernels.pointwise",
+}  # fmt: skip
 NOT_A_METHOD = {"methods", "methods.base", "methods.contract", "methods.compose"}
 DOORS = {
     "typer": ["cli", "commands.*"],

@@ -27,11 +27,11 @@ from torch import nn
 
 from snnbench import registry
 from snnbench.errors import DivergedError
-from snnbench.kernels import choice, compiled, native, rates, saved
+from snnbench.kernels import choice, compiled, native, pointwise, rates, saved
 from snnbench.kernels.choice import choose
 from snnbench.kernels.fused import Kernel, cells, uncells
 from snnbench.kernels.reference import Reference
-from snnbench.methods import contract
+from snnbench.methods import contract, grad_scale
 from snnbench.methods.bptt import BPTT
 from snnbench.methods.rate import Rate, spikes_and_eligibility
 from snnbench.models.convnet import ConvNet
@@ -531,6 +531,28 @@ def test_rate_without_a_second_forward_pass_is_rate(name, frozen):
     for parameter, grad in expected.items():
         error = (got[parameter] - grad).norm() / grad.norm().clamp_min(1e-3)
         assert error < 1e-3, (parameter, float(error))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (6, 1), (12, 1), (16, 4), (16, 1)])
+def test_a_narrow_convolution_with_a_stride_has_the_right_gradients(channels, groups):
+    """oneDNN would write past a buffer here, or give wrong gradients: uxlfoundation/oneDNN#6035."""
+    torch.manual_seed(0)
+    op = pointwise.Pointwise(channels, 8, 1, 2, groups=groups).to(memory_format=torch.channels_last)
+    x = torch.randn(8, channels, 9, 8).to(memory_format=torch.channels_last).requires_grad_()
+    exact, y = copy.deepcopy(op).double(), x.detach().double().contiguous().requires_grad_()
+    out = nn.Conv2d.forward(exact.to(memory_format=torch.contiguous_format), y)
+    torch.testing.assert_close(op(x).double(), out, atol=1e-6, rtol=1e-5)
+    g = torch.randn(out.shape)
+    out.backward(g.double())
+    op(x).backward(g)
+    direct = pointwise.conv_gradients(op, x.detach(), op.weight.detach(), g, [True, True, True])
+    weights = grad_scale.weight_grad(op, x.detach(), g)
+    for got in ([x.grad, op.weight.grad, op.bias.grad], direct, [x.grad, weights, op.bias.grad]):
+        for one, want in zip(got, (y.grad, exact.weight.grad, exact.bias.grad), strict=True):
+            torch.testing.assert_close(one.double(), want, atol=1e-4, rtol=1e-5)
+    (seen, stride) = pointwise.unstrided(op, x)
+    assert (stride == (1, 1)) == (channels // groups < pointwise.VECTOR)
+    assert (seen is x) == (stride == op.stride)
 
 
 @needs_native

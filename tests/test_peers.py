@@ -29,8 +29,8 @@ CONVNET = Setup("convnet", {"width": 4}, (1, 8, 8), T=3, B=4)
 TINY = {
     "convnet": CONVNET,
     "vgg11": Setup("vgg11", {"width": 1 / 16}, (3, 32, 32), T=3, B=4),
-    "resnet18": Setup("resnet18", {"width": 1 / 16}, (3, 8, 8), T=3, B=4),
-    "sew_resnet18": Setup("sew_resnet18", {"width": 1 / 16, "stem": "cifar"}, (3, 8, 8), T=3, B=4),
+    "resnet18": Setup("resnet18", {"width": 1 / 4}, (3, 8, 8), T=3, B=4),
+    "sew_resnet18": Setup("sew_resnet18", {"width": 1 / 4, "stem": "cifar"}, (3, 8, 8), T=3, B=4),
 }
 LIBRARIES = [name for name in bench.KINDS if name != "floor"]
 
@@ -141,7 +141,7 @@ def test_the_convolutions_alone_have_no_norm_and_do_not_move():
 
 
 def test_a_relu_in_place_spares_a_current_that_others_read():
-    setup = Setup("preact_resnet34", {"width": 1 / 32}, (3, 32, 32), T=1, B=2)
+    setup = Setup("preact_resnet34", {"width": 1 / 4}, (3, 32, 32), T=1, B=2)
     floor = contestants.build(Entry("floor", "ann"), setup)
     ((x_B, y_B),) = contestants.batches(setup, 1, 2)
     twin = contestants.network(setup)
@@ -188,7 +188,7 @@ def test_missing_and_broken_libraries_say_so(tmp_path, monkeypatch):
 
 def test_what_a_library_cannot_build_is_named():
     needs("spikingjelly")
-    setup = Setup("resnet18", {"width": 1 / 16, "norm": "tdbn"}, (3, 8, 8), T=2, B=2)
+    setup = Setup("resnet18", {"width": 1 / 4, "norm": "tdbn"}, (3, 8, 8), T=2, B=2)
     with pytest.raises(WorkerError, match="spikingjelly has no counterpart of TdBatchNorm2d"):
         contestants.build(Entry("spikingjelly", "multi"), setup)
 

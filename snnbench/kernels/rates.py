@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnbench.kernels.pointwise import conv_gradients
 from snnbench.neurons import wide
 from snnbench.training import group
 
@@ -85,12 +86,8 @@ class _Linear(torch.autograd.Function):
         (g_B,), op = grads, ctx.op
         to_input, to_weight = ctx.needs_input_grad[:2]
         if isinstance(op, nn.Conv2d):
-            sizes = [op.out_channels] if ctx.biased else None
-            grad_r, grad_w, grad_b = torch.ops.aten.convolution_backward(
-                g_B, rate_B, weight, sizes, op.stride, op.padding, op.dilation,
-                False, [0, 0], op.groups, [to_input, to_weight, ctx.biased],
-            )  # fmt: skip
-            return grad_r, grad_w, grad_b, None, None
+            wanted = [to_input, to_weight, ctx.biased]
+            return (*conv_gradients(op, rate_B, weight, g_B, wanted), None, None)
         rows = g_B.flatten(0, -2)
         grad_r = g_B @ weight if to_input else None
         grad_w = rows.T @ rate_B.flatten(0, -2) if to_weight else None

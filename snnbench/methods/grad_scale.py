@@ -29,6 +29,7 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from snnbench.kernels.pointwise import unstrided
 from snnbench.methods.base import Method
 from snnbench.models.layer import Layer, over_time
 from snnbench.training import group
@@ -137,8 +138,9 @@ def gradient_scale(coincidence: Tensor, alpha: float) -> Tensor:
 def weight_grad(op: nn.Module, x_B: Tensor, g_B: Tensor) -> Tensor:
     """Gradient of the weights for input x_B and output gradient g_B, summed over the batch."""
     if isinstance(op, nn.Conv2d):
-        shape, options = op.weight.shape, (op.stride, _padding(op), op.dilation, op.groups)
-        conv_grad: Tensor = conv2d_weight(x_B, shape, g_B, *options)
+        x_B, stride = unstrided(op, x_B)
+        options = (stride, _padding(op), op.dilation, op.groups)
+        conv_grad: Tensor = conv2d_weight(x_B, op.weight.shape, g_B, *options)
         return conv_grad
     grad: Tensor = g_B.flatten(0, -2).T @ x_B.flatten(0, -2)
     return grad

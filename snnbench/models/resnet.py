@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
+from snnbench.kernels.pointwise import Pointwise
 from snnbench.models.layer import Layer, Network, Run, TdBatchNorm2d
 from snnbench.neurons import LIF, ReLU
 
@@ -40,7 +41,8 @@ def conv_bn(
     td: float | None,
 ) -> nn.Sequential:
     """A convolution and its BN: plain, or tdBN for the threshold `td`."""
-    conv = nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=bias)
+    make = Pointwise if kernel == 1 and stride > 1 else nn.Conv2d
+    conv = make(channels, out, kernel, stride, padding=kernel // 2, bias=bias)
     if td is None:
         return nn.Sequential(conv, nn.BatchNorm2d(out))
     return nn.Sequential(conv, TdBatchNorm2d(out, td * (0.5**0.5 if joined else 1.0)))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from snnbench.errors import WorkerError
+from snnbench.kernels.pointwise import Pointwise
 from snnbench.models.layer import Layer, has_weights, over_time
 from snnbench.neurons import LIF, Triangle
 
@@ -120,12 +121,17 @@ class SpikingJelly(Library):
 
     def _counterparts(self) -> dict[type[nn.Module], Callable[[Any], Any]]:
         sj, mode = self.layer, self.step_mode
-        return {
-            nn.Identity: lambda m: nn.Identity(),
-            nn.Conv2d: lambda m: sj.Conv2d(
+
+        def conv(m: nn.Conv2d) -> Any:
+            return sj.Conv2d(
                 m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding,
                 m.dilation, m.groups, m.bias is not None, step_mode=mode,
-            ),
+            )  # fmt: skip
+
+        return {
+            nn.Identity: lambda m: nn.Identity(),
+            nn.Conv2d: conv,
+            Pointwise: conv,
             nn.BatchNorm2d: lambda m: sj.BatchNorm2d(
                 m.num_features, m.eps, m.momentum, step_mode=mode
             ),
