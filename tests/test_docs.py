@@ -14,7 +14,10 @@ from snnbench.report.gate import DEFAULT_LIMITS
 from snnbench.tables import METRICS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]  # fmt: skip
 README = PAGES[0].read_text("utf-8")
 
 

@@ -357,6 +357,7 @@ def test_an_update_keeps_the_limits_that_a_person_set(tmp_path: Path, bench: Ben
     assert gate.read(file).limits == {"test_acc": Limit(fall=0.123)}
 
 
+@pytest.mark.slow
 def test_command_runs_a_suite_afresh(tmp_path: Path, bench: Bench) -> None:
     suite = write_suite(tmp_path / "tiny.toml", ["bptt", "tet"], epochs=1)
     file = tmp_path / "baseline.json"

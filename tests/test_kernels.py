@@ -598,6 +598,7 @@ def test_time_means_of_a_layer_against_float64(case, backend, monkeypatch):
     torch.testing.assert_close(xhat, (y.mean(0) - mean) * rstd, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_damaged_library_is_built_again(monkeypatch, tmp_path):
     monkeypatch.setattr(native.platformdirs, "user_cache_path", lambda name: tmp_path / "sound")
@@ -818,6 +819,7 @@ def test_the_library_is_built_once_and_found_again(monkeypatch, tmp_path):
     assert made.suffix == ".so"
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch):
     def forbidden(self, *args, **kwargs):
@@ -868,6 +870,7 @@ def resident_bytes():
         return None
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize(
     ("method", "memory"), [("bptt", "speed"), ("rate", "speed"), ("bptt", "smallest")]

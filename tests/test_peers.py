@@ -629,6 +629,7 @@ def test_tables_and_report_are_written_for_each_network(stage, tmp_path):
     assert "## vgg11: B = 5" in report
 
 
+@pytest.mark.slow
 def test_a_real_process_is_built_warmed_compared_timed_and_measured(stage):
     settings = bench.Settings(
         only=("floor:ann+cl+ma", "ours:auto+cl+ma", "ours:triton"),

@@ -588,6 +588,7 @@ def test_results_that_do_not_exist_are_named(shared: SuiteFolder, bench: Bench) 
     assert "did you mean 'made'" in found.stderr
 
 
+@pytest.mark.slow
 def test_ten_thousand_runs_are_reported_in_seconds(bench: Bench, tmp_path: Path) -> None:
     folder: Any = SuiteFolder(tmp_path / "big")
     done(folder, SPEC, 0.9)
