@@ -272,6 +272,7 @@ class _Work:
                 self.outcome.interrupted = True
                 self._end("cancelled", grace_s=GRACE_S)
             self._pending = deque(p for p in self._pending if p.run_id != run_id)
+            self._elsewhere = [p for p in self._elsewhere if p.run_id != run_id]
             for planned, attempt in self._active:
                 if planned.run_id == run_id:
                     attempt.stop("cancelled", GRACE_S)

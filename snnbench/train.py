@@ -25,9 +25,11 @@ from snnbench.measure.health import gradient_norms
 from snnbench.spec import digest, sub_seed
 from snnbench.training import checkpoint, group
 from snnbench.training.evaluate import (
+    SPIKES,
     accuracy,
     accuracy_and_spikes,
     accuracy_with_heads,
+    attempted,
     compare_gradients,
     count_spikes,
 )
@@ -87,15 +89,16 @@ def train(job: Job) -> dict[str, Any]:
                 save(job, at)
 
     began = time.perf_counter()
-    metrics = count_spikes(job, test)
+    nulls: dict[str, str] = dict(state["nulls"])
+    metrics = attempted(lambda: count_spikes(job, test), SPIKES, nulls) or {"layers": []}
     for entry in metrics["layers"]:
         for when in ("grad_norm_init", "grad_norm"):
             entry[when] = state[when].get(entry["layer"])
-    heads = accuracy_with_heads(job, test)
+    heads = attempted(lambda: accuracy_with_heads(job, test), ["test_acc_with_heads"], nulls)
     measure_s = time.perf_counter() - began + sum(seen["measure_s"] for seen in state["fidelity"])
-    nulls = metrics.pop("nulls") | (
-        {"energy_measured_j": at.joules.doubt} if at.joules.doubt else {}
-    )
+    nulls |= metrics.pop("nulls", {})
+    if at.joules.doubt:
+        nulls["energy_measured_j"] = at.joules.doubt
     return {
         **metrics,
         **summary(state, first=at.plan[-1].first),
@@ -124,7 +127,7 @@ def begin(job: Job, split: Split) -> Progress:
     state: dict[str, Any] = {
         "epoch": 0, "step": 0, "order_hash": "", "step_ms": [], "history": [], "fidelity": [],
         "parts_ms": dict.fromkeys(PARTS, 0.0), "samples": 0, "joules": 0.0, "loss_sum": 0.0,
-        "train_s": 0.0, "grad_norm_init": {}, "grad_norm": {},
+        "train_s": 0.0, "grad_norm_init": {}, "grad_norm": {}, "nulls": {},
     }  # fmt: skip
     found = checkpoint.unpack(job.checkpoints, job.engine, trainable, optimizer, job.emit)
     plan = phases(job.spec, len(split) // batch)
@@ -264,8 +267,14 @@ def measure_fidelity(job: Job, split: Split, at: Progress) -> None:
     if wanted is None or (epoch % wanted.every and epoch < end):
         return
     phase = next((p for p in at.plan if epoch < p.end), at.plan[-1])
-    seen = compare_gradients(job, split, phase.T, epoch / end)
-    at.state["fidelity"].append(seen | {"epoch": epoch})
+    seen = attempted(
+        lambda: compare_gradients(job, split, phase.T, epoch / end),
+        ("grad_cos_bptt", "grad_norm_ratio") if epoch else
+        ("grad_cos_bptt_init", "grad_norm_ratio_init"),
+        at.state["nulls"],
+    )  # fmt: skip
+    if seen is not None:
+        at.state["fidelity"].append(seen | {"epoch": epoch})
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:

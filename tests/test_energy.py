@@ -85,17 +85,33 @@ def rapl(tmp_path: Path) -> Path:
     for package in (0, 1):
         zone = tmp_path / f"intel-rapl:{package}"
         zone.mkdir()
+        (zone / "name").write_text(f"package-{package}\n")
         (zone / "energy_uj").write_text("1000000")
         (zone / "max_energy_range_uj").write_text("9999999")
     part = tmp_path / "intel-rapl:0:0"  # a part of package 0: counted already
     part.mkdir()
+    (part / "name").write_text("core\n")
     (part / "energy_uj").write_text("5")
+    platform = tmp_path / "intel-rapl:2"  # the whole machine, packages and all
+    platform.mkdir()
+    (platform / "name").write_text("psys\n")
+    (platform / "energy_uj").write_text("7")
     return tmp_path
 
 
 def write(rapl: Path, *values: int) -> None:
     for package, value in enumerate(values):
         (rapl / f"intel-rapl:{package}" / "energy_uj").write_text(str(value))
+
+
+def test_a_counter_that_fails_on_the_way_is_a_reason(rapl: Path) -> None:
+    joules = Joules(CPU, rapl)
+    joules.start()
+    (rapl / "intel-rapl:1" / "energy_uj").unlink()
+    assert joules.stop() is None
+    assert "could not be read any more" in str(joules.doubt)
+    joules.start()
+    assert joules.stop() is None
 
 
 def test_packages_are_summed_and_windows_too(rapl, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from snnbench.kernels.choice import choose
 from snnbench.methods.base import Method
 from snnbench.models.convnet import ConvNet
 from snnbench.neurons import LIF
-from snnbench.spec import RunSpec, TrainConfig, sub_seed
+from snnbench.spec import Every, RunSpec, TrainConfig, sub_seed
 from snnbench.training import recipe as recipes
 from snnbench.training.cost import probe
 from snnbench.training.engine import Engine, resolve_precision
@@ -324,6 +325,45 @@ def test_fp16_counts_the_updates_that_overflowed():
     train.train(job)
     assert job.engine.describe()["skipped_steps"] == 1
     assert job.engine.describe()["precision_path"] == "fp16"
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_overflow_at_either_end_of_training_leaves_a_record_that_can_be_written(step):
+    job = make_job(precision="fp16", steps=3)
+    amplify, calls = job.method.loss, []
+
+    def loss(*args):
+        calls.append(args)
+        return amplify(*args) * (1e38 if len(calls) == train.WARM_UP_STEPS + step else 1.0)
+
+    job.method.loss = loss
+    record = train.train(job)
+    assert job.engine.describe()["skipped_steps"] == 1
+    json.dumps(record, allow_nan=False)
+    when = "grad_norm_init" if step == 1 else "grad_norm"
+    assert None in [layer[when] for layer in record["layers"]]
+
+
+def test_a_measurement_that_fails_leaves_the_training_result(monkeypatch):
+    job, undisturbed = make_job(), make_job()
+    want = train.train(undisturbed)
+
+    def fails(*args):
+        raise RuntimeError("no room\nfor more")
+
+    monkeypatch.setattr(train, "count_spikes", fails)
+    monkeypatch.setattr(train, "accuracy_with_heads", fails)
+    monkeypatch.setattr(train, "compare_gradients", fails)
+    job.spec = dataclasses.replace(
+        job.spec, measure=dataclasses.replace(job.spec.measure, gradient_fidelity=Every(1))
+    )
+    record = train.train(job)
+    assert record["test_acc"] == want["test_acc"]
+    assert not differs(job, undisturbed)
+    why = "its measurement failed: RuntimeError: no room"
+    for name in ("sops_per_sample", "test_acc_with_heads", "grad_cos_bptt", "grad_cos_bptt_init"):
+        assert record["nulls"][name] == why
+    json.dumps(record, allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -104,12 +104,16 @@ class LocalHandle:
 
 
 class Places:
-    """Where runs can be executed at the same time: GPUs by their ids, or the CPU by no name."""
+    """Where runs can be executed: GPUs by their ids, or the CPU by no name; `jobs` at a time.
+
+    A run on several devices takes several GPUs, and is one job.
+    """
 
     def __init__(self, gpus: Sequence[str], jobs: int | None) -> None:
         self.jobs = jobs or max(len(gpus), 1)
-        self.gpus = list(gpus)[: self.jobs]
-        self._free = [(self.gpus or [""])[i % max(len(self.gpus), 1)] for i in range(self.jobs)]
+        self.gpus = list(gpus)
+        self._free = (self.gpus or [""]) * self.shared_by
+        self._running = 0
 
     @property
     def shared_by(self) -> int:
@@ -118,18 +122,21 @@ class Places:
 
     def room(self, devices: int) -> bool:
         """Whether so many different devices are free; a run on a CPU needs one place."""
-        return len(self._pick(devices)) == self._needed(devices)
+        free = len(self._pick(devices)) == self._needed(devices)
+        return free and self._running < self.jobs
 
     def take(self, devices: int) -> list[str]:
         """Their ids; to be given back."""
         taken = self._pick(devices)
         for place in taken:
             self._free.remove(place)
+        self._running += bool(taken)
         return taken
 
     def give_back(self, taken: Sequence[str]) -> None:
         """They are free again."""
         self._free += taken
+        self._running -= bool(taken)
 
     def _needed(self, devices: int) -> int:
         return min(devices, len(self.gpus)) if self.gpus else 1

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
+from snnbench.errors import WorkerError
 from snnbench.store import RunFolder
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
@@ -48,4 +49,7 @@ def cancel(jobs: Sequence[str]) -> None:
     if jobs and shutil.which("scancel"):
         for start in range(0, len(jobs), 500):
             command = ["scancel", *jobs[start : start + 500]]
-            subprocess.run(command, capture_output=True, timeout=PATIENCE_S, check=False)
+            try:
+                subprocess.run(command, capture_output=True, timeout=PATIENCE_S, check=False)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise WorkerError(f"Slurm's scancel did not answer: {error}") from error

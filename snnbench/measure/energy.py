@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from snnbench.measure.nvml import Gpu
+from snnbench.training import group
 
 PJ_ADD, PJ_MAC = 0.9, 4.6
 # Bytes of an SRAM -> pJ for one 32-bit word, half of Horowitz's 64-bit access.
@@ -85,6 +86,9 @@ class Joules:
         self.joules = 0.0
         self._began: tuple[float, list[int]] | None = None
         self._shortest: float | None = None
+        if device.type == "cuda" and group.size() > 1:
+            self.why = "the energy of several GPUs is not added up"
+            return
         try:
             self._read, self._ranges, self._per_joule, self._period = (
                 _nvml(device) if device.type == "cuda" else _rapl(rapl)
@@ -95,16 +99,20 @@ class Joules:
     def start(self) -> None:
         """Begin a window."""
         if self.why is None:
-            self._began = (time.perf_counter(), self._read())
+            before = self._now()
+            self._began = None if before is None else (time.perf_counter(), before)
 
     def stop(self) -> float | None:
         """End it: its joules, or None."""
         if self.why is not None or self._began is None:
             return None
         began, before = self._began
+        after = self._now()
+        if after is None:
+            return None
         spent = sum(
             (now - then) % (most + 1) if most else now - then
-            for now, then, most in zip(self._read(), before, self._ranges, strict=True)
+            for now, then, most in zip(after, before, self._ranges, strict=True)
         )
         length = time.perf_counter() - began
         self._shortest = length if self._shortest is None else min(length, self._shortest)
@@ -112,6 +120,15 @@ class Joules:
         joules: float = spent / self._per_joule
         self.joules += joules
         return joules
+
+    def _now(self) -> list[int] | None:
+        """The counters; from the first time on that they cannot be read there are none."""
+        try:
+            found: list[int] = self._read()
+        except (RuntimeError, OSError, ValueError) as error:
+            self.why = f"the energy counter could not be read any more: {error}"
+            return None
+        return found
 
     @property
     def doubt(self) -> str | None:
@@ -141,18 +158,23 @@ def _nvml(device: torch.device) -> Any:
 
 
 def _rapl(folder: Path) -> Any:
-    """Counters of all CPU packages, in microjoules; they start again at 0 after their range."""
-    zones = sorted(
-        zone for zone in folder.glob("intel-rapl:*") if zone.name.count(":") == 1
-    )  # a second colon is a part of a package
-    if not zones:
-        raise RuntimeError("this machine offers no RAPL energy counter")
-    files = [zone / "energy_uj" for zone in zones]
+    """Counters of all CPU packages, in microjoules; they start again at 0 after their range.
+
+    Other zones are parts of a package, or the whole platform with the packages in it.
+    """
     try:
+        zones = [
+            zone
+            for zone in sorted(folder.glob("intel-rapl:*"))
+            if (zone / "name").read_text().startswith("package")
+        ]
+        files = [zone / "energy_uj" for zone in zones]
         ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in zones]
         for file in files:
             file.read_text()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise RuntimeError(f"the RAPL energy counter cannot be read: {why}") from error
+    if not zones:
+        raise RuntimeError("this machine offers no RAPL energy counter")
     return lambda: [int(file.read_text()) for file in files], ranges, 1e6, RAPL_PERIOD_S

@@ -9,6 +9,7 @@ BatchNorm statistics or of the random state is changed.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,28 +39,31 @@ def _gradients(
     buffers = {k: b.clone() for k, b in net.named_buffers()}
     kept = [p.grad for p in net.parameters()]
     net.zero_grad(set_to_none=True)
-    with torch.random.fork_rng(devices=[]):
-        method.backward(net, x_TB, target, progress)
-    found = {
-        name: torch.cat(
-            [
-                torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-                for p in layer.parameters()
-            ]
-        ).double()
-        for name, layer in net.layers().items()
-        if list(layer.parameters())
-    }
-    for p, grad in zip(net.parameters(), kept, strict=True):
-        p.grad = grad
-    for name, buffer in net.named_buffers():
-        buffer.copy_(buffers[name])
-    return found
+    try:
+        with torch.random.fork_rng(devices=[]):
+            method.backward(net, x_TB, target, progress)
+        return {
+            name: torch.cat(
+                [
+                    torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                    for p in layer.parameters()
+                ]
+            ).double()
+            for name, layer in net.layers().items()
+            if list(layer.parameters())
+        }
+    finally:
+        for p, grad in zip(net.parameters(), kept, strict=True):
+            p.grad = grad
+        for name, buffer in net.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def _compare(g: Tensor, bptt: Tensor) -> dict[str, float | None]:
-    """None where a gradient is zero: it has no direction."""
+    """None where a gradient is zero or overflowed: it has no direction."""
     norm, reference = float(g.norm()), float(bptt.norm())
+    if not math.isfinite(norm + reference):
+        return {"cos": None, "norm_ratio": None}
     if norm == 0 or reference == 0:
         return {"cos": None, "norm_ratio": norm / reference if reference else None}
     return {"cos": float(g @ bptt) / (norm * reference), "norm_ratio": norm / reference}

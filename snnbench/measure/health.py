@@ -8,6 +8,7 @@ window share       share of (neuron, timestep, sample) whose surrogate derivativ
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,12 +51,13 @@ def first_bad_layer(net: Network, x_TB: Tensor) -> str:
 
 
 def gradient_norms(net: Network) -> dict[str, float | None]:
-    """L2 norm of the gradient of each layer's parameters; None where it has none."""
+    """L2 norm of the gradient of each layer's parameters; None where it has none, or overflowed."""
     norms: dict[str, Tensor | None] = {}
     for name, layer in net.layers().items():
         grads = [p.grad.float() for p in layer.parameters() if p.grad is not None]
         norms[name] = torch.stack([g.norm() for g in grads]).norm() if grads else None
-    return {name: None if norm is None else float(norm) for name, norm in norms.items()}
+    found = {name: None if norm is None else float(norm) for name, norm in norms.items()}
+    return {n: v if v is not None and math.isfinite(v) else None for n, v in found.items()}
 
 
 @torch.no_grad()

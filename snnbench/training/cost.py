@@ -27,6 +27,7 @@ from snnbench.measure.memory import (
     used_bytes,
 )
 from snnbench.spec import Capacity, RunSpec
+from snnbench.training import group
 from snnbench.training.evaluate import count_spikes
 from snnbench.training.isolated import isolated
 from snnbench.training.job import Job, Step, prepare, train_step, warm_up
@@ -125,6 +126,7 @@ def measure(job: Job) -> dict[str, Any]:
     warm_up_s = time.perf_counter() - began
 
     trainable, optimizer = prepare(job)
+    x_B, y_B = group.share(split.x), group.share(split.y)
     clock, joules = StepClock(job.device), Joules(job.device)
     at = Step(trainable, optimizer, clock, job.spec.T, job.spec.train.lr)
     job.net.train()
@@ -134,7 +136,7 @@ def measure(job: Job) -> dict[str, Any]:
         for _ in range(steps):
             job.stop()
             with clock.step():
-                train_step(job, at, split.x, split.y)
+                train_step(job, at, x_B, y_B)
     synchronize(job.device)
     train_s = time.perf_counter() - began
     spent = joules.stop()

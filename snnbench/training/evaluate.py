@@ -7,8 +7,8 @@ classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from snnbench.training import group
 from snnbench.training.job import Job
 
 WINDOW_SAMPLES = 64  # whose membranes are looked at
+Answer = TypeVar("Answer")
 
 
 @torch.no_grad()
@@ -56,6 +57,32 @@ def accuracy_and_spikes(job: Job, split: Split, T: int) -> tuple[float, float | 
     spikes = group.total(meter.spikes().to(job.device)).item() / len(split)
     spiking = any(isinstance(layer.physics, LIF) for layer in job.net.layers().values())
     return found, spikes if spiking else None
+
+
+SPIKES = (
+    "spikes_per_sample", "firing_rate", "silent_share", "saturated_share", "sops_per_sample",
+    "macs_per_sample", "dense_macs_per_sample", "membrane_updates_per_sample",
+    "energy_ac_mac_nj_per_sample", "energy_memory_nj_per_sample",
+)  # fmt: skip
+
+
+def attempted(
+    measure: Callable[[], Answer], names: Iterable[str], nulls: dict[str, str]
+) -> Answer | None:
+    """What a pass beside training measured; if it fails, None, and why in `nulls`.
+
+    What was trained stays.  Processes that train together must end together: there it is raised.
+    """
+    try:
+        return measure()
+    except DivergedError:
+        raise
+    except Exception as error:
+        if group.size() > 1:
+            raise
+        why = str(error).partition("\n")[0]
+        nulls.update(dict.fromkeys(names, f"its measurement failed: {type(error).__name__}: {why}"))
+        return None
 
 
 def accuracy_with_heads(job: Job, split: Split) -> float | None:
