@@ -122,7 +122,9 @@ def _read_run(run: RunFolder) -> Known:
     work = method = T = None
     if status == "done":
         with contextlib.suppress(ResultsError, ValueError, LookupError, TypeError):
-            values = result["spec"] if "spec" in result else run.spec().to_json()
+            values = result.get("spec")
+            if not isinstance(values, dict):
+                values = run.spec().to_json()
             kept = {k: v for k, v in values.items() if k not in OF_A_RUN}
             work, method, T = _work(canonical(kept)), str(values["method"]), int(values["T"])
     reason = " ".join(str(result.get("reason", "")).split())[:200]
