@@ -8,6 +8,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +175,20 @@ class Past:
     """Wall-clock seconds of the runs done here."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self._times: dict[tuple[object, ...], list[float]] = defaultdict(list)
+        self._ledger = ledger
         self._median: dict[tuple[object, ...], float] = {}
-        for known in ledger.past():
+
+    @cached_property
+    def _times(self) -> dict[tuple[object, ...], list[float]]:
+        """By what is alike; looked for where anything is to be estimated."""
+        times: dict[tuple[object, ...], list[float]] = defaultdict(list)
+        for known in self._ledger.past():
             if known.wall_s and known.T:
-                self._times[known.work, known.method, known.T].append(known.wall_s)
+                times[known.work, known.method, known.T].append(known.wall_s)
                 per_step = known.wall_s / known.T
-                self._times[known.work, known.method].append(per_step)
-                self._times[known.work,].append(per_step)
+                times[known.work, known.method].append(per_step)
+                times[known.work,].append(per_step)
+        return times
 
     def estimate(self, spec: RunSpec) -> float | None:
         """Median time of runs that differ in the seed only; else of the nearest, scaled by T."""

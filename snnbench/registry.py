@@ -178,6 +178,7 @@ def _component(kind: str, point: EntryPoint) -> Component:
     return Component(kind, point.name, point.value, name, version)
 
 
+@cache
 def _read_docs(target: str) -> tuple[str, str]:
     module, _, attribute = target.partition(":")
     try:

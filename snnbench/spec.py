@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -19,6 +19,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 SCHEMA = 1
+FIXED = (str, int, float, type(None))  # plain values: they need no copy
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Memory = Literal["speed", "balanced", "smallest"]
@@ -131,7 +132,8 @@ class RunSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as written to spec.json."""
-        return asdict(self)
+        copied: dict[str, Any] = _copied(self)
+        return copied
 
     @classmethod
     def from_json(cls, values: Any) -> RunSpec:
@@ -177,6 +179,16 @@ ADDED: dict[tuple[str, ...], Any] = {
     ("train", "batch_split"): 1,
     ("train", "deterministic"): False,
 }
+
+
+def _copied(value: Any) -> Any:
+    """Plain data of dataclasses; `asdict` copies even what cannot change, and takes much longer."""
+    if isinstance(value, FIXED):
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copied, value))
+    table = value if isinstance(value, dict) else vars(value)
+    return {k: v if isinstance(v, FIXED) else _copied(v) for k, v in table.items()}
 
 
 def canonical(values: Any) -> str:

@@ -5,20 +5,23 @@ The columns of runs.csv are a stable contract: later versions append.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from snnbench.errors import ResultsError
+from snnbench.runs.publish import beside, place
 from snnbench.spec import canonical, digest
-from snnbench.store import RunFolder, SuiteFolder, publish
+from snnbench.store import RunFolder, SuiteFolder
 
-Rows = Callable[[str, RunFolder], list[dict[str, Any]]]
+Rows = Callable[[str, "Content"], list[dict[str, Any]]]
+RowsOfRun = dict[Path, list[dict[str, Any]]]
 RUN_COLUMNS = (
     "run_id", "suite", "status", "reason", "dataset", "model", "method", "method_config", "T",
     "seed", "kernel", "precision", "epochs", "test_acc", "test_acc_best_val", "test_acc_best_test",
@@ -80,14 +83,34 @@ CELL = (
 )  # fmt: skip
 
 
-def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
+class Content:
+    """What a run's folder holds, each file read once; raises ResultsError without its spec."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder, self.run_id = folder, folder.run_id
+        self.spec = folder.spec()
+        self.result: dict[str, Any] = {}  # of a run that has ended
+        self.damage = ""
+        try:
+            self.result = folder.result() or {}
+        except ResultsError as error:
+            self.damage = str(error)
+
+    @property
+    def condition(self) -> dict[str, Any]:
+        """What sets its runs apart from others, in every table."""
+        return {k: getattr(self.spec, k) for k in ("dataset", "model", "method", "T", "seed")}
+
+
+def run_row(suite: str, run: Content) -> dict[str, Any]:
     """The row of one run; what was not measured is absent."""
-    spec = folder.spec()
-    try:
-        result = folder.result() or {"status": folder.status(), "reason": ""}
-    except ResultsError as error:
-        result = {"status": "missing", "reason": str(error)}
-    events = folder.events()[0]
+    spec = run.spec
+    result = run.result or (
+        {"status": "missing", "reason": run.damage}
+        if run.damage
+        else {"status": run.folder.status(), "reason": ""}
+    )
+    events = run.folder.events()[0]
     essence = spec.essence()
     settings: dict[str, Any] = {
         "data": spec.data,
@@ -104,8 +127,8 @@ def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
         result["reason"] = interrupted[-1] if interrupted else "its process ended without a word"
     return {
         **{k: result.get(k) for k in RUN_COLUMNS},
-        **{k: getattr(spec, k) for k in ("dataset", "model", "method", "T", "seed")},
-        "run_id": folder.run_id,
+        **run.condition,
+        "run_id": run.run_id,
         "suite": suite,
         "kernel": spec.kernel,
         "precision": spec.precision,
@@ -131,18 +154,12 @@ def run_row(suite: str, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def epoch_rows(suite: str, folder: RunFolder) -> list[dict[str, Any]]:
+def epoch_rows(suite: str, run: Content) -> list[dict[str, Any]]:
     """One row per finished epoch of a run, from its result or, before that, from its events."""
-    spec = folder.spec()
-    try:
-        result = folder.result() or {}
-    except ResultsError:
-        result = {}
-    history = result.get("history") or folder.epochs()
-    fixed = {k: getattr(spec, k) for k in ("dataset", "model", "method", "T", "seed")}
+    fixed = {**run.condition, "run_id": run.run_id, "suite": suite}
     return [
-        {k: {**e, **fixed, "run_id": folder.run_id, "suite": suite}.get(k) for k in EPOCH_COLUMNS}
-        for e in history
+        {k: {**e, **fixed}.get(k) for k in EPOCH_COLUMNS}
+        for e in run.result.get("history") or run.folder.epochs()
     ]
 
 
@@ -189,41 +206,32 @@ def _to_target(target: float | None, result: dict[str, Any]) -> dict[str, Any]:
     return {"target": target, **dict.fromkeys(never, math.inf)}
 
 
-def layer_rows(suite: str, folder: RunFolder) -> list[dict[str, Any]]:
+def layer_rows(suite: str, run: Content) -> list[dict[str, Any]]:
     """One row per layer of a finished run, in the order of the data."""
-    spec = folder.spec()
-    try:
-        layers = (folder.result() or {}).get("layers") or []
-    except ResultsError:
-        layers = []
-    fixed = {k: getattr(spec, k) for k in ("dataset", "model", "method", "T", "seed")}
-    fixed |= {"method_config": canonical(spec.method_config), "suite": suite}
+    fixed = run.condition | {"method_config": canonical(run.spec.method_config), "suite": suite}
     return [
-        {**fixed, "run_id": folder.run_id, "depth": depth, **layer}
-        for depth, layer in enumerate(layers)
+        {**fixed, "run_id": run.run_id, "depth": depth, **layer}
+        for depth, layer in enumerate(run.result.get("layers") or [])
     ]
 
 
-def fidelity_rows(suite: str, folder: RunFolder) -> list[dict[str, Any]]:
+def fidelity_rows(suite: str, run: Content) -> list[dict[str, Any]]:
     """One row per layer and epoch at which a finished run's gradients were compared."""
-    spec = folder.spec()
-    try:
-        seen = (folder.result() or {}).get("fidelity") or []
-    except ResultsError:
-        seen = []
-    fixed = {k: getattr(spec, k) for k in ("dataset", "model", "method", "T", "seed")}
-    fixed |= {"method_config": canonical(spec.method_config), "suite": suite}
+    fixed = run.condition | {"method_config": canonical(run.spec.method_config), "suite": suite}
     return [
-        {**fixed, "run_id": folder.run_id, "epoch": at["epoch"], "depth": depth, **layer}
-        for at in seen
+        {**fixed, "run_id": run.run_id, "epoch": at["epoch"], "depth": depth, **layer}
+        for at in run.result.get("fidelity") or []
         for depth, layer in enumerate(at["layers"])
     ]
 
 
 class Writer:
-    """Keeps the tables of a suite's folder up to date; a run is read again only if told so.
+    """Keeps the tables of a suite's folder up to date.
 
-    Rows of runs that have no folder here, as in a clone with committed tables, are kept.
+    What was read of a run is held until it is written, and no longer: later it is copied from
+    one version of a table into the next.  Tables that are not as this writer left them are made
+    anew from the folders of all runs.  Rows of runs that have no folder here that can be read, as
+    in a clone with committed tables, are kept.
     """
 
     def __init__(self, suite: str, folder: SuiteFolder) -> None:
@@ -234,55 +242,118 @@ class Writer:
             folder.layers_csv: (layer_rows, LAYER_COLUMNS),
             folder.fidelity_csv: (fidelity_rows, FIDELITY_COLUMNS),
         }
-        self._before = {path: _rows(path) for path in self._kinds}
-        self._rows: dict[str, dict[Path, list[dict[str, Any]]]] = {}  # by run
-        for run in folder.runs():
-            self.read(run)
+        self._new: dict[str, RowsOfRun] = {}
+        self._left: list[Any] | None = None  # how the last write left the tables
 
     def read(self, run: RunFolder) -> dict[str, Any]:
         """Take in what a run's folder holds now; its row."""
         try:
-            rows = {path: make(self._suite, run) for path, (make, _) in self._kinds.items()}
+            rows = self._rows(run)
         except ResultsError as error:
             return {"status": "missing", "reason": str(error)}
-        self._rows[run.run_id] = rows
+        self._new[run.run_id] = rows
         return rows[self._folder.runs_csv][0]
 
     def write(self) -> None:
         """Publish the tables, each whole or not at all; those of layers where there are some."""
-        always = (self._folder.runs_csv, self._folder.epochs_csv)
-        for path, (_, columns) in self._kinds.items():
-            by_run = [rows[path] for rows in self._rows.values()]
-            if path in always or any(by_run) or self._before[path]:
-                self._write(path, by_run, columns)
+        ours = self._left is not None and self._left == self._stamps()
+        with contextlib.ExitStack() as stack:
+            sheets = {
+                path: Sheet(path, columns, stack.enter_context(beside(path)), stack)
+                for path, (_, columns) in self._kinds.items()
+            }
+            for run_id, rows in sorted(self._new.items()) if ours else self._all():
+                for path, sheet in sheets.items():
+                    sheet.add(run_id, rows[path])
+            always = (self._folder.runs_csv, self._folder.epochs_csv)
+            for path, sheet in sheets.items():
+                sheet.end()
+                if sheet.rows or path in always or path.exists():
+                    place(sheet.temporary, path)
+        self._new.clear()
+        self._left = self._stamps()
 
-    def _write(
-        self, path: Path, by_run: Iterable[list[dict[str, Any]]], columns: Iterable[str]
+    def _rows(self, run: RunFolder) -> RowsOfRun:
+        content = Content(run)
+        return {path: make(self._suite, content) for path, (make, _) in self._kinds.items()}
+
+    def _all(self) -> Iterator[tuple[str, RowsOfRun]]:
+        """The rows of every run that can be read, in order."""
+        for run in self._folder.runs():
+            with contextlib.suppress(ResultsError):
+                yield run.run_id, self._rows(run)
+
+    def _stamps(self) -> list[Any]:
+        """What tells whether anybody else has written a table."""
+        found: list[Any] = []
+        for path in self._kinds:
+            try:
+                seen = path.stat()
+                found.append((seen.st_ino, seen.st_mtime_ns, seen.st_size))
+            except OSError:
+                found.append(None)
+        return found
+
+
+class Sheet:
+    """The next version of a table: rows come by run, in order, and replace those of before."""
+
+    def __init__(
+        self, path: Path, columns: Sequence[str], temporary: Path, stack: contextlib.ExitStack
     ) -> None:
-        kept = [row for row in self._before[path] if row.get("run_id") not in self._rows]
-        rows = [*kept, *(row for rows in by_run for row in rows)]
-        _publish(path, sorted(rows, key=lambda row: str(row["run_id"])), columns)
+        self.temporary, self.rows = temporary, 0
+        self._columns = columns
+        self._file = stack.enter_context(temporary.open("w", newline="", encoding="utf-8"))
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._writer.writerow(columns)
+        self._before = _in_order(path, columns)
+        self._next = next(self._before, None)
+
+    def add(self, run_id: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Write what comes before this run, and the run's rows."""
+        self._copy(run_id)
+        while self._next and self._next[0] == run_id:
+            self._next = next(self._before, None)
+        for row in rows:
+            # NaN is written as such: a fault that a gate must see, and no empty cell, which is
+            # "not measured".
+            self._write([row.get(name) for name in self._columns])
+
+    def end(self) -> None:
+        """Write what is left."""
+        self._copy()
+        self._file.close()
+
+    def _copy(self, before: str | None = None) -> None:
+        while self._next and (before is None or self._next[0] < before):
+            self._write(self._next[1])
+            self._next = next(self._before, None)
+
+    def _write(self, row: Sequence[Any]) -> None:
+        self._writer.writerow(row)
+        self.rows += 1
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table as text; none where there is no readable table."""
+def _in_order(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a table by run; it is read into memory only if somebody has disordered it."""
+    ids = (run_id for run_id, _ in _read_rows(path, columns))
+    if all(one <= other for one, other in pairwise(ids)):
+        return _read_rows(path, columns)
+    return iter(sorted(_read_rows(path, columns), key=lambda row: row[0]))
+
+
+def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Run and cells of each row, under these columns; none where there is no readable table."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if row.get("run_id")]
+            table = csv.reader(file)
+            at = {name: i for i, name in enumerate(next(table, []))}
+            for row in table:
+                cells = [row[at[n]] if n in at and at[n] < len(row) else "" for n in columns]
+                if run_id := cells[0]:
+                    yield run_id, cells
     except (OSError, ValueError, csv.Error):
-        return []
-
-
-def _publish(path: Path, rows: list[dict[str, Any]], columns: Iterable[str]) -> None:
-    # NaN is a fault that a gate must see, and no empty cell, which is "not measured".
-    rows = [{k: "nan" if v != v else v for k, v in row.items()} for row in rows]
-    # dtype object: beside an empty cell an integer stays an integer, and True stays True.
-    text = pd.DataFrame(rows, columns=list(columns), dtype=object).to_csv(index=False)
-    publish(path, partial(_write_text, text))
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, "utf-8")
+        return
 
 
 def read_runs(folder: SuiteFolder) -> pd.DataFrame:

@@ -52,10 +52,12 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
             registry, "entry_points", lambda group: [p for p in points if p.group == group]
         )
         registry.components.cache_clear()
+        registry._read_docs.cache_clear()
 
     before = set(sys.modules)
     yield do
     registry.components.cache_clear()
+    registry._read_docs.cache_clear()
     for name in set(sys.modules) - before:
         if name.startswith("guest"):
             del sys.modules[name]

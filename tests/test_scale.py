@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from conftest import Bench, events, rows, write_suite
 
 from snnbench import planner
 from snnbench.runs import overview, scale
-from snnbench.runs.progress import Ledger
+from snnbench.runs.progress import Ledger, work_of
 from snnbench.spec import RunSpec, TrainConfig
 from snnbench.store import SuiteFolder
 
@@ -66,13 +69,19 @@ def test_ended_runs_are_read_once(thousand: SuiteFolder, monkeypatch: pytest.Mon
     assert overview.look(thousand).counts == {"failed": 1, "done": 999}
 
 
-def test_estimates_take_no_longer_with_every_run_done(thousand: SuiteFolder) -> None:
+def test_runs_that_are_done_are_looked_at_once_for_all_estimates(
+    thousand: SuiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     overview.look(thousand)
-    past = planner.Past(Ledger(thousand))
-    began = time.perf_counter()
+    ledger = Ledger(thousand)
+    looked: list[str] = []
+    real = ledger.look
+    monkeypatch.setattr(ledger, "look", lambda run_id: looked.append(run_id) or real(run_id))
+    past = planner.Past(ledger)
+    assert looked == []  # nobody has asked for an estimate
     for seed in range(1000, 2000):
         assert past.estimate(dataclasses.replace(SPEC, seed=seed)) == 2.0
-    assert time.perf_counter() - began < 2.0
+    assert len(looked) == len(set(looked)) == 1000
 
 
 def test_status_and_plan_tell_of_stale_results_and_run_does_them_again(
@@ -134,3 +143,59 @@ def test_a_running_suite_is_seen_and_can_be_cancelled(bench: Bench, tmp_path: Pa
     assert ended.returncode == 130, ended.stderr
     assert "2 runs at a time on one device disturb each other's clocks" in ended.stderr
     assert {row["status"] for row in rows(tmp_path / "tiny")} == {"interrupted"}
+
+
+def test_a_first_plan_reads_of_each_run_its_result_and_events_only(
+    thousand: SuiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = [dataclasses.replace(SPEC, seed=seed) for seed in range(50)]
+    for spec in specs:
+        result = {"status": "done", "spec": spec.to_json()}
+        (thousand.run(spec.run_id).path / "result.json").write_text(json.dumps(result))
+    read: list[str] = []
+    real = Path.read_bytes, Path.read_text
+    monkeypatch.setattr(Path, "read_bytes", lambda p: read.append(p.name) or real[0](p))
+    monkeypatch.setattr(Path, "read_text", lambda p, *a: read.append(p.name) or real[1](p, *a))
+    ledger = Ledger(thousand)
+    found = {ledger.look(spec.run_id) for spec in specs}
+    assert sorted(set(read)) == ["events.jsonl", "index.json", "result.json"]
+    assert len(read) == 1 + 2 * len(specs)
+    (known,) = found  # the seed decides nothing here
+    assert (known.work, known.method, known.T) == (work_of(SPEC), "bptt", 2)
+
+
+def test_a_result_without_a_spec_or_with_a_strange_one_still_counts(thousand: SuiteFolder) -> None:
+    ledger = Ledger(thousand)
+    assert ledger.look(SPEC.run_id).work == work_of(SPEC)  # of spec.json
+    for seed, spec, work in ((1, [1], work_of(SPEC)), (2, {"method": 3}, None)):
+        run = thousand.run(dataclasses.replace(SPEC, seed=seed).run_id)
+        (run.path / "result.json").write_text(json.dumps({"status": "done", "spec": spec}))
+        assert (ledger.look(run.run_id).status, ledger.look(run.run_id).work) == ("done", work)
+
+
+def test_a_copied_spec_is_what_asdict_gives() -> None:
+    spec = dataclasses.replace(SPEC, data={"a": [1, {"b": (2.5, None)}], "c": True})
+    copied = spec.to_json()
+    assert copied == dataclasses.asdict(spec)
+    copied["data"]["a"][1]["b"] = copied["train"]["lr"] = 0
+    assert spec.data["a"][1]["b"] == (2.5, None)
+    assert spec.train.lr == TrainConfig(epochs=1).lr
+
+
+def test_a_child_imports_and_collects_nothing_of_the_server() -> None:
+    """What every run would do again is done once by the server that the runs are forked from."""
+    code = """
+import json
+from snnbench.executors.local import LocalExecutor
+executor = LocalExecutor(["snnbench.data.digits"], "guest_of_scale")
+print(json.dumps(executor.call("look", {})))
+"""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    seen = json.loads(done.stdout)
+    assert seen["imported"] == []
+    assert seen["frozen"] > 100_000
+    assert seen["described"] == 1

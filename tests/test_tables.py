@@ -670,3 +670,88 @@ def test_markdown_escape_is_one_line_without_markup(text: str) -> None:
     for mark in "|<>*_`[]#":
         assert plain.count(mark) == plain.count("\\" + mark)
     assert not any(unicodedata.category(ch) == "Cc" for ch in found)
+
+
+def test_a_flush_reads_no_run_again_and_holds_none(
+    empty: SuiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(5):
+        done(empty, replace(SPEC, seed=seed), 0.5)
+    writer = Writer("made", empty)
+    writer.write()
+    sixth = done(empty, replace(SPEC, seed=5), 0.6)
+    read: list[str] = []
+    real = Path.read_bytes, Path.read_text
+    monkeypatch.setattr(Path, "read_bytes", lambda p: read.append(p.name) or real[0](p))
+    monkeypatch.setattr(Path, "read_text", lambda p, *a: read.append(p.name) or real[1](p, *a))
+    writer.read(sixth)
+    assert sorted(read) == ["events.jsonl", "result.json", "spec.json"]
+    writer.write()
+    assert len(read) == 3
+    assert not writer._new
+    assert [(r["seed"], r["test_acc"]) for r in rows(empty)] == [
+        *((str(seed), "0.5") for seed in range(5)),
+        ("5", "0.6"),
+    ]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "another's"])
+def test_tables_that_somebody_else_touched_are_made_anew(empty: SuiteFolder, damage: str) -> None:
+    runs = [done(empty, replace(SPEC, seed=seed), 0.5) for seed in range(3)]
+    writer = Writer("made", empty)
+    writer.write()
+    text = empty.runs_csv.read_text("utf-8")
+    if damage == "gone":
+        empty.runs_csv.unlink()
+    else:
+        lines = text.splitlines(keepends=True)
+        empty.runs_csv.write_text("".join(lines[:2] if damage == "cut" else lines[::-1]))
+    writer.read(runs[0])
+    writer.write()
+    assert empty.runs_csv.read_text("utf-8") == text
+
+
+def test_rows_in_disorder_and_of_older_columns_are_kept_in_order(empty: SuiteFolder) -> None:
+    """As in a clone with committed tables, whose runs have no folders."""
+    done(empty, SPEC, 0.5)
+    lines = ["status,run_id", "done,zebra", '"fai\nled",aardvark', "", "done,zebra"]
+    empty.runs_csv.write_text("\n".join(lines) + "\n")
+    found = [(r["run_id"], r["status"], r["seed"]) for r in rows(write(empty))]
+    assert found == [
+        ("aardvark", "fai\nled", ""),
+        (SPEC.run_id, "done", "0"),
+        ("zebra", "done", ""),
+        ("zebra", "done", ""),
+    ]
+
+
+def test_what_a_table_has_of_a_run_that_cannot_be_read_any_more_is_kept(
+    empty: SuiteFolder,
+) -> None:
+    run = done(empty, SPEC, 0.5)
+    write(empty)
+    for name in ("spec.json", "result.json"):
+        (run.path / name).write_text("{")
+    assert [r["test_acc"] for r in rows(write(empty))] == ["0.5"]
+
+
+def test_a_failure_halfway_leaves_all_tables_as_they_were(
+    empty: SuiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done(empty, SPEC, 0.5)
+    writer = Writer("made", empty)
+    writer.write()
+    before = {p.name: p.read_bytes() for p in empty.path.glob("*.csv")}
+    writer.read(done(empty, replace(SPEC, seed=1), 0.5))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("snnbench.tables.Sheet.end", full)
+        with pytest.raises(ResultsError, match="disk is full"):
+            writer.write()
+    assert {p.name: p.read_bytes() for p in empty.path.glob("*.csv")} == before
+    assert not list(empty.path.glob(".*.tmp"))
+    writer.write()  # nothing that was read is lost
+    assert [r["seed"] for r in rows(empty)] == ["0", "1"]

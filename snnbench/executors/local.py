@@ -27,8 +27,10 @@ from snnbench.executors.base import Handle
 from snnbench.store import RunFolder
 
 WORKER = "snnbench.worker"
-# torch imports this, for two seconds, when the first optimizer is made.
-WARM = ("torch._dynamo", "snnbench.training.warm")
+# What a child would else import by itself: its own first code, what multiprocessing needs to enter
+# it, and what torch imports, for two seconds, when the first optimizer is made.
+FIRST = ("snnbench.executors.local", "multiprocessing.popen_forkserver", "torch._dynamo")
+LAST = "snnbench.training.warm"  # makes the most of all that was imported before it
 UNKNOWN_CODE = 255  # what multiprocessing says of a child whose server has died
 NOT_FOR_THE_SERVER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
 # A process that ends by one of these was ended by somebody else; by another, by its own fault.
@@ -152,7 +154,7 @@ class LocalExecutor:
 
     def __init__(self, preload: Sequence[str], worker: str = WORKER) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([worker, *WARM, *preload])
+        self._context.set_forkserver_preload([*FIRST, worker, *preload, LAST])
         self._worker = worker
         self.places = Places([], 1)
 

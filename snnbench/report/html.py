@@ -82,7 +82,7 @@ def _json(value: Any) -> Markup:
     """JSON that cannot end the script element that it stands in."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     odd = "<>&\u2028\u2029"
-    return Markup("".join(f"\\u{ord(c):04x}" if c in odd else c for c in text))
+    return Markup(text.translate({ord(c): f"\\u{ord(c):04x}" for c in odd}))
 
 
 def _figures(source: Source) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
@@ -281,15 +281,12 @@ def _curves(source: Source, count: int) -> tuple[dict[Any, Any], dict[Any, int]]
     frame, most = source.epochs, max(20, CURVE_POINTS // max(count, 1) // 4)
     if "epoch" not in frame:
         return {}, {}
-    found, every = {}, {}
     names = ["epoch", "train_loss", "val_acc", "test_acc"]
-    for key, rows in frame.reindex(columns=["results", "run_id", *names]).groupby(
-        ["results", "run_id"], sort=False
-    ):
-        step = math.ceil(len(rows) / most)
-        kept = rows.iloc[::-1].iloc[::step].iloc[::-1]  # the last epoch is always shown
-        found[key] = [[_plain(v) for v in kept[name]] for name in names]
-        every[key] = step
+    found, every = {}, {}
+    for key, rows in _by_run(frame.reindex(columns=["results", "run_id", *names]), names).items():
+        every[key] = math.ceil(len(rows) / most)
+        kept = rows[:: -every[key]][::-1]  # the last epoch is always shown
+        found[key] = [[_plain(v) for v in column] for column in zip(*kept, strict=True)]
     return found, every
 
 
@@ -299,6 +296,15 @@ def _layers(source: Source) -> dict[Any, list[list[Any]]]:
     if "layer" not in names:
         return {}
     return {
-        key: [[_plain(v) for v in row] for row in rows[list(names)].to_numpy().tolist()]
-        for key, rows in frame.groupby(["results", "run_id"], sort=False)
+        key: [[_plain(v) for v in row] for row in rows]
+        for key, rows in _by_run(frame, names).items()
     }
+
+
+def _by_run(frame: pd.DataFrame, names: Sequence[str]) -> dict[Any, list[tuple[Any, ...]]]:
+    """These columns of the rows of each run; a frame for each of many runs would take long."""
+    found: dict[Any, list[tuple[Any, ...]]] = {}
+    values = zip(*(frame[name].tolist() for name in names), strict=True)
+    for *key, row in zip(frame["results"], frame["run_id"], values, strict=True):
+        found.setdefault(tuple(key), []).append(row)
+    return found

@@ -19,6 +19,8 @@ class Tables:
         self._writer = Writer(suite, folder)
         self._dirty = False
         self._due = time.monotonic()
+        if self._seen:  # the first time all are read, while the server of the runs warms up
+            self.write(0.0)
 
     def read(self, folder: RunFolder) -> dict[str, Any]:
         """Take in what the run's folder holds now; its row."""

@@ -7,11 +7,34 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from snnbench.errors import ResultsError
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A temporary file to be filled and then put in `place`; it is gone afterwards."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def place(temporary: Path, path: Path, only_first: bool = False) -> bool:
+    """Put a file that was written beside its place there, in one step that survives a failure."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    placed = _place_first(temporary, path) if only_first else bool(temporary.replace(path))
+    _sync_folder(path.parent)
+    return placed
 
 
 def publish(path: Path, write: Callable[[Path], object], only_first: bool = False) -> bool:
@@ -19,20 +42,9 @@ def publish(path: Path, write: Callable[[Path], object], only_first: bool = Fals
 
     With `only_first`, a file that is there already stays as it is, and the answer is False.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with beside(path) as temporary:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        placed = _place_first(temporary, path) if only_first else bool(temporary.replace(path))
-        _sync_folder(path.parent)
-        return placed
-    except OSError as error:
-        raise storage_error(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        return place(temporary, path, only_first)
 
 
 def _place_first(temporary: Path, path: Path) -> bool:
