@@ -11,7 +11,7 @@ set -euo pipefail
 out=${1:-rerun}
 shift || true
 
-for suite in smoke scaling digits-events fashion-mnist-small cifar10-small; do
+for suite in fashion-mnist-small cifar10-small digits-events scaling smoke; do
   folder=$out/$suite name=$suite
   if [ "$suite" = scaling ]; then folder=$out/scaling-cpu name=scaling-cpu; fi
   snnbench run "$suite" --set "name=$name" --results "$out" "$@"
