@@ -106,11 +106,6 @@ def differences(values: Mapping[str, float], baseline: Mapping[str, float]) -> l
     return [values[pair] - baseline[pair] for pair in sorted(values.keys() & baseline.keys())]
 
 
-def paired(values: Mapping[str, float], baseline: Mapping[str, float]) -> Estimate | None:
-    """Difference to the baseline over the pairs that both have a value for."""
-    return estimate(differences(values, baseline))
-
-
 def unpaired(values: Sequence[float], baseline: Sequence[float]) -> Estimate | None:
     """Difference of means where nothing pairs them: Welch's interval; n is the smaller n."""
     a, b = estimate(values), estimate(baseline)
@@ -237,7 +232,7 @@ def smallest_p(n: int, tests: int = 1) -> float:
 
 
 def fewest_seeds(tests: int = 1) -> int:
-    """Pairs without which an exact test at 5% can show nothing: 6, or 8 for 3 to 6 tests."""
+    """Pairs without which an exact test at 5% can show nothing: 6, or 7 for 2 or 3 tests."""
     return next(n for n in range(2, MOST_SEEDS) if smallest_p(n, tests) <= ALPHA)
 
 

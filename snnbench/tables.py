@@ -149,7 +149,7 @@ def run_row(suite: str, run: Content) -> dict[str, Any]:
         "memory_gib": None if spec.capacity is None else spec.capacity.memory_gib,
         "dead_layers": ", ".join(result.get("dead_layers") or []) or None,
         "warnings": "; ".join(result.get("warnings") or []) or None,
-        **_to_target(spec.measure.target, result),
+        **_to_target(spec.measure.target, result, spec.T),
         "null_reasons": canonical(result["nulls"]) if result.get("nulls") else None,
     }
 
@@ -175,9 +175,10 @@ def _fidelity_ends(seen: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _to_target(target: float | None, result: dict[str, Any]) -> dict[str, Any]:
+def _to_target(target: float | None, result: dict[str, Any], T: int) -> dict[str, Any]:
     """What training cost until an epoch's test accuracy reached the target; infinity if none did.
 
+    Epochs at a smaller T, from which a network was inherited, cost and cannot reach it.
     Evaluation does not count. Spikes are those per sample of the validation split after an epoch,
     times the samples trained on in it.
     """
@@ -194,7 +195,7 @@ def _to_target(target: float | None, result: dict[str, Any]) -> dict[str, Any]:
         counted &= each is not None
         spikes += (each or 0.0) * waiting
         waiting = 0
-        if event["test_acc"] >= target:
+        if event["test_acc"] >= target and event["T"] == T:
             return {
                 "target": target,
                 "time_to_target_s": time_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -225,6 +226,11 @@ def test_memory_of_this_process_and_of_others(driver, monkeypatch):
     driver.processes = [Process(42, 1000), Process(43, 5)]
     gpu = nvml.Gpu(GPU)
     assert (gpu.own_bytes(), gpu.others()) == (1000, [43])
+    nobody = 2**22 + 1  # more than Linux ever gives: an id of outside a container
+    driver.processes = [Process(nobody, None)]
+    assert gpu.others() == []
+    driver.processes = [Process(nobody, None), Process(os.getppid(), None)]
+    assert gpu.others() == [os.getppid()]
     driver.processes = [Process(7, None)]
     with pytest.raises(nvml.NoNvml, match="does not tell"):
         gpu.own_bytes()

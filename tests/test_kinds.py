@@ -59,15 +59,17 @@ def test_rounds_of_a_cost_suite_go_through_all_methods():
 # --- time to target by hand -------------------------------------------------------------------
 
 
-def epoch(number: int, test: float | None, spikes: float | None = 10.0) -> dict[str, Any]:
+def epoch(
+    number: int, test: float | None, spikes: float | None = 10.0, T: int = 4
+) -> dict[str, Any]:
     return {
-        "epoch": number, "test_acc": test, "train_s": 2.0, "energy_j": 3.0 * number,
+        "epoch": number, "T": T, "test_acc": test, "train_s": 2.0, "energy_j": 3.0 * number,
         "samples": 100 * number, "spikes_per_sample": spikes,
     }  # fmt: skip
 
 
 def to_target(history: list[dict[str, Any]], target: float | None = 0.9) -> dict[str, Any]:
-    return _to_target(target, {"status": "done", "history": history})
+    return _to_target(target, {"status": "done", "history": history}, 4)
 
 
 def test_what_a_target_costs_is_summed_up_to_the_epoch_that_reaches_it():
@@ -86,7 +88,13 @@ def test_a_miss_is_infinity_and_no_target_is_nothing():
     missed = to_target([epoch(1, 0.5)])
     assert {v for k, v in missed.items() if k != "target"} == {math.inf}
     assert to_target([epoch(1, 1.0)], None) == {"target": None}
-    assert _to_target(0.5, {"status": "failed"}) == {"target": 0.5}
+    assert _to_target(0.5, {"status": "failed"}, 4) == {"target": 0.5}
+
+
+def test_an_epoch_at_a_smaller_T_costs_and_reaches_nothing():
+    """As in a run that inherits a network trained at T = 2."""
+    found = to_target([epoch(1, 0.95, T=2), epoch(2, 0.5), epoch(3, 0.92)])
+    assert (found["epochs_to_target"], found["time_to_target_s"]) == (3, 6.0)
 
 
 def test_a_network_without_spikes_has_none_to_count():

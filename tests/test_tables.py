@@ -362,9 +362,9 @@ def test_interval_does_not_depend_on_the_order(values: list[float], random: Any)
 
 
 def test_pairs_are_those_that_both_have() -> None:
-    found = stats.paired({"a": 1.0, "b": 3.0, "c": 9.0}, {"b": 1.0, "a": 0.5, "d": 7.0})
-    assert found == stats.estimate([0.5, 2.0])
-    assert stats.paired({"a": 1.0}, {"b": 1.0}) is None
+    found = stats.differences({"a": 1.0, "b": 3.0, "c": 9.0}, {"b": 1.0, "a": 0.5, "d": 7.0})
+    assert found == [0.5, 2.0]
+    assert stats.differences({"a": 1.0}, {"b": 1.0}) == []
 
 
 # --- summary ----------------------------------------------------------------------------------

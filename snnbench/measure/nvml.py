@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,8 +51,15 @@ class Gpu:
         return int(used)
 
     def others(self) -> list[int]:
-        """Ids of other processes that compute on the GPU."""
-        return sorted(pid for pid in self.processes() if pid != os.getpid())
+        """Ids of other processes that compute on the GPU.
+
+        Where the ids are not those that count here, as in a container, this process would be one
+        of the others: those that nobody here has are left out.
+        """
+        seen, own = self.processes(), os.getpid()
+        return sorted(
+            pid for pid in seen if pid != own and (own in seen or Path(f"/proc/{pid}").exists())
+        )
 
     def describe(self) -> dict[str, Any]:
         """Driver, clocks, power limit and temperature, as far as they are told."""

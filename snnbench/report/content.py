@@ -272,7 +272,8 @@ def _facts(read: Source, lifted: dict[str, str], cells: Sequence[Cell]) -> list[
     if len(machines) > 1:
         facts.append("several machines: each has rows of its own, and no difference spans two")
     facts += [
-        f"versions: snnbench {values('version')}, torch {values('torch')}",
+        f"versions: snnbench {values('version')} (source {values('source_hash')}), "
+        f"torch {values('torch')}",
         f"kernel: {values(kernel)}, precision: {values(precision)}",
     ]
     if len(caps := frame["memory_gib"].dropna().unique()) == 1:
@@ -310,7 +311,13 @@ def _notes(read: Source) -> list[str]:
         notes.append(f"missing: {absent} of {read.planned()} planned runs have not begun")
     sources = frame["source_hash"].dropna().nunique()
     if sources > 1:
-        notes.append(f"stale: the figures come from {sources} versions of the code; --redo renews")
+        notes.append(
+            f"stale: the figures come from {sources} versions of the code; --redo-stale renews them"
+        )
+    for column, what in SHARED.items():
+        several = pd.to_numeric(frame.get(column, pd.Series(dtype=float)), errors="coerce") > 1
+        if several.any():
+            notes.append(f"{what} ({several.sum()} of {len(frame)} runs; --by {column} parts them)")
     bounds = frame["capacity_bound"].dropna()
     if len(bounds):
         axes = ", ".join(dict.fromkeys(f"largest {n}" for b in bounds for n in str(b).split(", ")))
@@ -330,6 +337,11 @@ def _notes(read: Source) -> list[str]:
     return notes
 
 
+# What the record says of how a run was done, and what it means for its figures.
+SHARED = {
+    "parallel_jobs": "times: runs shared their device, which disturbs clocks",
+    "batch_split": "batches in parts, each with BatchNorm statistics of its own",
+}
 _FIGURE = re.compile(r"\d+(?:\.\d+)?(?=[ %])")
 
 

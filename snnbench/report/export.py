@@ -41,7 +41,8 @@ def archive(folder: SuiteFolder, view: content.View | None = None) -> bytes:
         "report.json": data.to_json(report).encode(),
         "neurobench.json": _json(neurobench(report.cells)),
     }
-    for path in sorted(folder.path.iterdir()):
+    of_this_machine = (folder.index, folder.cancel)
+    for path in sorted(set(folder.path.iterdir()) - set(of_this_machine)):
         _add(files, path.name, path)
     for run in folder.runs():
         for path in sorted(run.path.iterdir()):
