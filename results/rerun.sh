@@ -19,7 +19,7 @@ for suite in fashion-mnist-small cifar10-small digits-events scaling smoke; do
   case $suite in
     smoke) figures=() ;;
     scaling) figures=(saved step peak) ;;
-    *) figures=(pareto-time pareto-memory pareto-sops curves layers) ;;
+    *) figures=(pareto-memory pareto-sops curves layers) ;;
   esac
   for figure in "${figures[@]}"; do
     snnbench plot "$figure" "$folder" -o "$folder/$figure.png"

@@ -46,7 +46,7 @@ def panels(rows: int, columns: int, title: str) -> tuple[Any, Any]:
     figure = Figure(figsize=(3.6 * columns + 2.0, 2.9 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     # As much of it on a line as leaves room for the legend, at 21 characters an inch.
-    lines = [t for line in title.splitlines() for t in textwrap.wrap(line, 76 * columns + 8)]
+    lines = [t for line in title.splitlines() for t in textwrap.wrap(line, 70 * columns)]
     figure.suptitle("\n".join(lines), fontsize=9, x=0.01, ha="left")
     for axis in axes.flat:
         axis.grid(color=INK, alpha=0.12, linewidth=0.6)
@@ -106,6 +106,12 @@ def a_decade(axis: Any) -> None:
     if high < 10 * low:
         middle = math.sqrt(low * high)
         axis.set_ylim(middle / math.sqrt(10), middle * math.sqrt(10))
+
+
+def percent(axis: Any) -> None:
+    """Let a y axis of percentages end where they do, however wide an interval of few seeds is."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, 0.0), min(high, 100.0))
 
 
 def depth(axis: Any, named: bool = True) -> None:
