@@ -272,10 +272,10 @@ def test_percentages_end_where_they_do() -> None:
     """However wide the interval of a few seeds is."""
     _, axes = canvas.panels(1, 1, "wide")
     axes[0][0].errorbar([1, 2], [27.9, 75.0], [77.0, 4.0])
-    canvas.percent(axes[0][0])
+    canvas.accuracies(axes[0][0])
     assert axes[0][0].get_ylim() == (0.0, 100.0)
     _, axes = canvas.panels(1, 1, "narrow")
     axes[0][0].plot([1, 2], [70.0, 75.0])
     before = axes[0][0].get_ylim()
-    canvas.percent(axes[0][0])
+    canvas.accuracies(axes[0][0])
     assert axes[0][0].get_ylim() == before

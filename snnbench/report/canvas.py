@@ -108,10 +108,11 @@ def a_decade(axis: Any) -> None:
         axis.set_ylim(middle / math.sqrt(10), middle * math.sqrt(10))
 
 
-def percent(axis: Any) -> None:
-    """Let a y axis of percentages end where they do, however wide an interval of few seeds is."""
+def accuracies(axis: Any, column: str = "test_acc") -> None:
+    """Let a y axis of accuracies end at 0 and 100%, however wide an interval of few seeds is."""
     low, high = axis.get_ylim()
-    axis.set_ylim(max(low, 0.0), min(high, 100.0))
+    if column == "test_acc":
+        axis.set_ylim(max(low, 0.0), min(high, 100.0))
 
 
 def depth(axis: Any, named: bool = True) -> None:

@@ -156,8 +156,7 @@ def over_timesteps(
                 canvas.logarithmic(axis, "y")
                 canvas.a_decade(axis)
             axis.set(title=title, ylabel=name)
-            if column == "test_acc":
-                canvas.percent(axis)
+            canvas.accuracies(axis, column)
         canvas.legend(figure, axes)
         return figure
 
@@ -204,7 +203,7 @@ def pareto(column: str, name: str, scale: float) -> Callable[[Source], Any]:
             if max(x for x, _ in points) > 8 * max(min(x for x, _ in points), 1e-12):
                 canvas.logarithmic(axis, "x")
             axis.set(title=title, xlabel=name, ylabel="test accuracy, last epoch, %")
-            canvas.percent(axis)
+            canvas.accuracies(axis)
         canvas.legend(figure, axes)
         return figure
 
@@ -259,8 +258,7 @@ def curves(source: Source) -> Any:
         for which, (column, name, scale) in enumerate(columns):
             axis = axes[which][place] if down == 2 else axes[0][which]
             _bands(axis, rows, column, scale)
-            if column == "test_acc":
-                canvas.percent(axis)
+            canvas.accuracies(axis, column)
             below = which == down - 1 or down == 1
             axis.set(title="" if which else title, ylabel="" if place else name,
                      xlabel="epoch" if below else "")  # fmt: skip
