@@ -99,6 +99,7 @@ class Engine:
         if self.scaler is None:
             step()
         else:
+            _start_momentum(optimizer)
             self.scaler.step(optimizer)
             self.scaler.update()
 
@@ -145,3 +146,16 @@ def set_matmul_precision(precision: str, device: torch.device) -> str | None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return None
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give SGD momenta of 0, with which a first step is the same as without any.
+
+    Where fp16 overflows at that step, torch's fused update would leave them as they came from the
+    allocator, and use them at the second.
+    """
+    for options in optimizer.param_groups:
+        if options.get("momentum"):
+            for p in options["params"]:
+                if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -50,13 +50,7 @@ def make_optimizer(config: TrainConfig, trainable: nn.Module) -> torch.optim.Opt
     # One pass over each parameter instead of one for each operation.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     if config.optimizer == "sgd":
-        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
-        if config.momentum:
-            # The same as none at the first step.  But where fp16 overflows there, torch's fused
-            # update would leave them as they came from the allocator, and use them at the second.
-            for p in parameters:
-                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return sgd
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, lr=config.lr, fused=fused)
 
