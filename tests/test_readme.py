@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def run(command, folder):
     words = [sys.executable, "-m", *shlex.split(command)]
     env = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
-    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
 
 
 def test_the_readme_has_the_commands_we_promise():
