@@ -167,9 +167,10 @@ def _fidelity_ends(seen: list[dict[str, Any]]) -> dict[str, Any]:
     """Gradient fidelity at initialisation and when it was measured last."""
     if not seen:
         return {}
+    at_init = seen[0] if seen[0]["epoch"] == 0 else {}  # that comparison may have failed
     return {
-        "grad_cos_bptt_init": seen[0]["cos"],
-        "grad_norm_ratio_init": seen[0]["norm_ratio"],
+        "grad_cos_bptt_init": at_init.get("cos"),
+        "grad_norm_ratio_init": at_init.get("norm_ratio"),
         "grad_cos_bptt": seen[-1]["cos"],
         "grad_norm_ratio": seen[-1]["norm_ratio"],
     }
