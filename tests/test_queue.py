@@ -54,3 +54,17 @@ def test_no_answer_at_all_is_an_error_and_no_second_job(asked: Any, monkeypatch)
     monkeypatch.setattr(queue, "PATIENCE_S", 0.0)
     with pytest.raises(WorkerError, match="must not be submitted twice"):
         asked(None)
+
+
+def test_a_job_that_ends_between_two_looks_is_not_submitted_again(tmp_path: Path, monkeypatch):
+    """It was there when the run was looked at, and is over when the run is begun."""
+    folder = RunFolder(tmp_path / "runs" / "a")
+    (folder.path).mkdir(parents=True)
+    publish_json(folder.job, {"job": "7"})
+    answers = [{"7": "RUNNING"}, {"7": "COMPLETED"}]
+    monkeypatch.setattr(queue, "states", lambda: answers.pop(0) if len(answers) > 1 else answers[0])
+    executor = SlurmExecutor(tmp_path, "suite", SlurmOptions(), None)
+    monkeypatch.setattr(executor, "_send", lambda _: pytest.fail("submitted twice"))
+    assert executor.attached(folder)
+    executor._asked = -1e9  # a second has passed
+    assert executor.submit(folder, {}).job == "7"

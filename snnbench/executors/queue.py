@@ -27,6 +27,11 @@ def job_of(folder: RunFolder) -> str | None:
     return job if isinstance(job, str) and JOB_ID.fullmatch(job) else None
 
 
+def under_way(state: str) -> bool:
+    """Whether a job of this state is, or will be, on a node."""
+    return state in WAITING or state in RUNNING
+
+
 def states() -> dict[str, str] | None:
     """State of each of the user's jobs by id, those just ended too; None where nobody answers."""
     if shutil.which("squeue") is None:

@@ -56,7 +56,7 @@ class SlurmHandle:
         state = self._executor.state(self.job)
         if state is None:  # nobody answers
             return True
-        if state in queue.WAITING or state in queue.RUNNING:
+        if queue.under_way(state):
             self._gone = None
             self._last = state
             return True
@@ -98,6 +98,7 @@ class SlurmExecutor:
         self._states: dict[str, str] | None = {}
         self._asked = -1e9
         self._jobs = 0
+        self._there: set[str] = set()  # runs that were left to the job of an earlier command
 
     def room(self, devices: int) -> bool:
         """Always: the queue is long."""
@@ -119,14 +120,19 @@ class SlurmExecutor:
                     "is still there, and a run must not be submitted twice; try again later"
                 )
             time.sleep(0.5)
-        return state in queue.WAITING or state in queue.RUNNING
+        there = queue.under_way(state)
+        (self._there.add if there else self._there.discard)(folder.run_id)
+        return there
 
     def submit(
         self, folder: RunFolder, context: Mapping[str, Any], devices: int = 1
     ) -> SlurmHandle:
         """Put the run in the queue, unless a job of an earlier command is there for it."""
         self._jobs += 1
-        if self.attached(folder):
+        # A job that was there a moment ago, and has ended since, has left a result or a reason:
+        # its handle finds that, and a second job would only do the run again.
+        if folder.run_id in self._there or self.attached(folder):
+            self._there.discard(folder.run_id)
             return SlurmHandle(folder, self, queue.job_of(folder))
         handle = SlurmHandle(folder, self, None)
         order = (folder, dict(context), devices, handle)
