@@ -242,14 +242,11 @@ def _finish(run: RunFolder, context: Context, place: Place, send: Send, work: Wo
         record |= {"status": "diverged", "reason": str(error)}
     except ResultsError:
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        record |= {"status": "oom", "reason": size_asked_for(error)}
     except SnnbenchError as error:
         record |= {"status": "failed", "reason": str(error)}
     except Exception as error:
         traceback.print_exc()
-        out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
-        if out_of_memory:
+        if is_out_of_memory(error):
             record |= {"status": "oom", "reason": size_asked_for(error)}
         else:
             reason = f"{type(error).__name__}: {_one_line(error)}"

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 
 # Two test processes share the cores: more threads each would wait for one another, not work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Hundreds of commands are started: each would compile all of snnbench again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Columns that a clock or the operating system decides; all others must be reproducible.
 TIMING = {
@@ -27,6 +31,10 @@ TIMING = {
 }  # fmt: skip
 GUEST = Path(__file__).parent / "plugin_faulty"
 CLOCK = Path(__file__).parent / "jumping_clock"
+# The longest files; begun first, they do not keep one process waiting for the other at the end.
+LONGEST = [f"test_{name}.py" for name in
+           ("readme", "faults", "slurm", "guests", "runs", "kinds", "scale", "plugins", "views",
+            "triton", "html", "gate", "train", "kernels", "schedules", "security")]  # fmt: skip
 PATIENCE_S = 180.0  # the machine may be busy with something else
 
 SUITE = """
@@ -50,6 +58,12 @@ epochs = {epochs}
 {train}
 {methods}
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; xdist hands files out in this order."""
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 class Bench:
@@ -101,10 +115,18 @@ class Bench:
         self._started.clear()
 
 
+def fresh_cache(folder: Path) -> Path:
+    """A user's cache folder that holds nothing but the CPU kernel, if that is built already."""
+    built = platformdirs.user_cache_path("snnbench") / "native"
+    if built.is_dir():
+        shutil.copytree(built, folder / "snnbench" / "native")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The user's cache folder, for this session only."""
-    return tmp_path_factory.mktemp("cache")
+    return fresh_cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

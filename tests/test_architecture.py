@@ -131,7 +131,7 @@ DOORS = {
     "pydantic": ["spec"],
     "filelock": ["store", "data.fetch", "data.prepared"],
     "torchvision": ["data.vision", "data.augment", "data.bench", "data.folders", "data.imagenet"],
-    "sklearn": ["data.digits"],
+    "sklearn": [],
     "pandas": ["tables", "summary", "report.*", "peers.tables"],
     "scipy": ["stats", "measure.*"],
     "platformdirs": ["planner", "commands.data", "kernels.native"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import time
 from typing import Any
@@ -185,6 +186,37 @@ def test_nothing_fits_into_no_memory():
     found = capacity(spec, lambda of: dataclasses.replace(make_job(), spec=of), never, never)
     assert found["largest_T"] is None
     assert "not even 1 fits" in found["nulls"]["largest_T"]
+
+
+@pytest.mark.parametrize(
+    ("error", "fits"),
+    [
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+        (MemoryError(), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (OSError("no such file"), None),
+    ],
+    ids=["cublas", "cpu", "python", "shapes", "disk"],
+)
+def test_only_a_lack_of_memory_bounds_the_capacity(monkeypatch, error, fits):
+    """A trial that fails for another reason ends the run, and is no capacity."""
+
+    def step(*_):
+        raise error
+
+    monkeypatch.setattr(cost, "train_step", step)
+    limit = Capacity(memory_gib=1.0, most_T=1, most_batch=1)
+    spec = dataclasses.replace(make_job().spec, kind="capacity", capacity=limit)
+
+    def found():
+        return capacity(spec, lambda of: dataclasses.replace(make_job(), spec=of), never, never)
+
+    if fits is None:
+        with pytest.raises(cost.TrialError, match=re.escape(f"{type(error).__name__}: {error}")):
+            found()
+    else:
+        assert (found()["largest_T"], found()["largest_batch"]) == (None, None)
 
 
 # --- the clock and the meter ------------------------------------------------------------------

@@ -43,7 +43,7 @@ SEVERAL = [
 ]
 SUITES: dict[str, tuple[list[str], list[str]]] = {
     # The one that hangs comes first: the time in which the server warms up counts as its own.
-    "several": (SEVERAL, ["train.timeout_s=20"]),
+    "several": (SEVERAL, ["train.timeout_s=45"]),
     "silent": (["hangs\nafter = [-1.0, 0.3]"], ["run.heartbeat_s=3"]),
     "hungry": (["hungry"], ["run.oom_retry={batch_split=true}"]),
     "starved": (["hungry"], []),
@@ -101,7 +101,7 @@ def row_of(happened: Happened, method: str, config: str = "") -> dict[str, str]:
         ("raises", "failed", "ValueError: a fault of the guest"),
         ("aborts", "failed", "killed by signal 6 (SIGABRT)"),
         ("segfaults", "failed", "killed by signal 11 (SIGSEGV)"),
-        ("hangs", "timeout", "longer than train.timeout_s = 20 s"),
+        ("hangs", "timeout", "longer than train.timeout_s = 45 s"),
     ],
 )
 def test_the_fault_of_a_guest_is_an_outcome_with_a_reason(guests, method, status, reason):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import fresh_cache
 
 SUITE = """
 schema = 1
@@ -52,7 +53,9 @@ def demo(tmp_path_factory):
 
 
 def snnbench(*arguments, cwd, site):
-    env = {**os.environ, "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(cwd / "cache")}
+    if not (cache := cwd / "cache").exists():
+        fresh_cache(cache)
+    env = {**os.environ, "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(cache)}
     command = [sys.executable, "-m", "snnbench", *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 

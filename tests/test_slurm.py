@@ -127,8 +127,9 @@ def test_a_warned_run_saves_itself_is_queued_again_and_goes_on(
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     until(lambda: "interrupted" in {e["event"] for e in events(folder, run_id)}, "the checkpoint")
     until(lambda: (queue.states() or {}).get(job) == "PENDING", "the job to be queued again")
-    # Slurm lets a job that was queued again wait for two minutes.
-    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
+    # Slurm lets a job that was queued again wait for two minutes; in less than a second its node
+    # would refuse it, since what it may run is known there by the second.
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now+3"], check=True)
     state = json.loads(on_slurm.run("status", "tiny", "--results", tmp_path, "--json").stdout)
     assert {r["run_id"] for r in state["runs"]} == set(jobs(folder))
     assert set(state["counts"]) <= {"queued", "running", "interrupted", "done", "missing"}

@@ -31,6 +31,7 @@ from snnbench.training import group
 from snnbench.training.evaluate import count_spikes
 from snnbench.training.isolated import isolated
 from snnbench.training.job import Job, Step, prepare, train_step, warm_up
+from snnbench.training.oom import is_out_of_memory
 
 PROBE_STEPS = 3
 MEMORY = (
@@ -38,6 +39,10 @@ MEMORY = (
     "peak_bytes", "peak_reserved_bytes", "peak_nvml_bytes",
 )  # fmt: skip
 GIB = 2**30
+
+
+class TrialError(RuntimeError):
+    """A trial of a capacity run ended for another reason than memory."""
 
 
 def probe(job: Job) -> dict[str, Any]:
@@ -194,6 +199,10 @@ def capacity(
         recipe = replace(spec.train, batch_size=batch, batch_split=1, devices=1)
         trial = replace(spec, T=T, train=recipe)
         seen = isolated(lambda: try_steps(make(trial), wanted), check)
+        # A kernel that runs out of memory ends a process; whatever else ends one says nothing of
+        # memory, and would be taken for a small capacity.
+        if "fits" not in seen and "SIGKILL" not in seen["error"]:
+            raise TrialError(f"the trial of T = {T}, batch {batch} failed: {seen['error']}")
         trials.append({"T": T, "batch_size": batch, **seen})
         progressed()
         return bool(seen.get("fits"))
@@ -260,7 +269,9 @@ def try_steps(job: Job, wanted: Capacity) -> dict[str, Any]:
         for _ in range(2):
             train_step(job, at, *batch)
         synchronize(job.device)
-    except (torch.OutOfMemoryError, MemoryError):
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return {"fits": False}
     used = peak_bytes(job.device)["peak_bytes"] - (idle if job.device.type == "cpu" else 0)
     return {"fits": used <= limit, "used_bytes": used}

@@ -9,12 +9,15 @@ from snnbench.spec import RunSpec
 from snnbench.store import RunFolder
 
 ASKED = re.compile(r"(?:allocate|allocated:?) +([\d.]+ *(?:[KMGT]i?B|bytes))", re.IGNORECASE)
-WORDS = ("not enough memory", "can't allocate memory")  # what torch says on a CPU
+# What torch says on a CPU, and what the libraries of a GPU do where torch did not ask itself.
+WORDS = ("not enough memory", "can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says so in words, as it does on a CPU."""
-    return any(words in str(error) for words in WORDS)
+    """Whether memory ended: by the type of the error, or by its words (torch is not loaded here)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
 
 
 def after_oom(spec: RunSpec, run: RunFolder) -> tuple[RunSpec, str]:
