@@ -224,23 +224,28 @@ SCENARIOS = (
     kill_at_random, fill_the_disk, damage_a_checkpoint, two_at_once, suspend_the_owner,
     jump_in_time, kill_the_parent,
 )  # fmt: skip
+KILLS = "test_kills_at_twenty_random_moments_change_nothing"  # by far the longest
 Scenarios = dict[Callable[..., Any], Future[Any]]
 
 
 @pytest.fixture(scope="module")
 def scenarios(
-    bench: Bench, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scenarios]:
+    bench: Bench, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Scenarios]:  # fmt: skip
+    wanted = {item.name for item in request.session.items}
+    plays = [s for s in SCENARIOS if s is not kill_at_random or KILLS in wanted]
     with ThreadPoolExecutor(3) as pool:
         yield {
             play: pool.submit(play, bench, undisturbed.suite, tmp_path_factory.mktemp("scene"))
-            for play in SCENARIOS
+            for play in plays
         }
 
 
 # --- kill -9 ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kills_at_twenty_random_moments_change_nothing(scenarios, undisturbed):
     happened = scenarios[kill_at_random].result()
     assert happened.ended.returncode == 0, happened.ended.stderr

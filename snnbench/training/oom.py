@@ -14,7 +14,7 @@ WORDS = ("not enough memory", "can't allocate memory", "out of memory", "STATUS_
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ended: by the type of the error, or by its words (torch is not loaded here)."""
+    """Whether memory ended: by the type of the error, or by its words; without loading torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
