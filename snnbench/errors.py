@@ -57,5 +57,9 @@ class WorkerError(SnnbenchError):
     exit_code = ExitCode.WORKER
 
 
+class RunSkipped(Exception):
+    """The combination makes no sense or cannot run here; the reason is an outcome of the run."""
+
+
 class DivergedError(SnnbenchError):
     """Training produced a value that is not finite; an outcome of a run, not of a command."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from snnbench.planner import Plan, Planned, built_in_modules
 from snnbench.runs import lease
 from snnbench.runs.attempt import Attempt
 from snnbench.runs.collect import Tables
-from snnbench.runs.stopping import GRACE_S, Alike, Cancel, Interrupts
+from snnbench.runs.stopping import GRACE_S, Alike, AskedToStop, Cancel, Interrupts
 from snnbench.spec import SCHEMA, RunSpec, canonical
 from snnbench.store import ENDED, FAILURES, RunFolder, SuiteFolder
 
@@ -87,6 +87,7 @@ def run(
         }
     )
     listener.begin(plan)
+    cancel = Cancel(plan.folder)
     todo = plan.todo
     local = local or LocalExecutor(_preload(p.spec for p in todo))
     if todo:
@@ -95,9 +96,12 @@ def run(
     with Interrupts() as interrupts, lease.Keeper() as keeper:
         executor: Executor = local
         if todo:
-            gpus = _check_data(todo, local, context)
+            try:
+                gpus = _check_data(todo, local, context, interrupts.check)
+            except AskedToStop:
+                return Outcome(interrupted=True)
             executor = _executor(plan, local, gpus, context, listener)
-        work = _Work(plan, executor, dict(context), listener, tables, keeper)
+        work = _Work(plan, executor, dict(context), listener, tables, keeper, cancel)
         work.fail_fast, work.detach = fail_fast, detach
         try:
             work.do(interrupts)
@@ -119,6 +123,7 @@ class _Work:
         listener: Listener,
         tables: Tables,
         keeper: lease.Keeper,
+        cancel: Cancel,
     ) -> None:
         self._plan, self._executor, self._context = plan, executor, context
         self._listener, self._tables, self._keeper = listener, tables, keeper
@@ -128,7 +133,7 @@ class _Work:
         self._active: list[tuple[Planned, Attempt]] = []
         self._elsewhere: list[Planned] = []
         self._watch = lease.Watch()
-        self._cancel = Cancel(plan.folder)
+        self._cancel = cancel
         # Results that are to be done again; another command may be faster at that.
         self._old = {
             p.run_id: plan.folder.run(p.run_id).fingerprint()
@@ -146,20 +151,22 @@ class _Work:
         """Everything, until it is done or has to end."""
         asked = 0
         while True:
+            if interrupts.count > asked:
+                asked = interrupts.count
+                self.outcome.interrupted = True
+                if self._executor.remote:  # the jobs go on without us
+                    self.outcome.queued = len(self._active)
+                    return
+                self._end("asked to stop", kill=asked > 1, grace_s=interrupts.grace_s)
             if not self.ending:
                 self._begin_runs()
             if not self._active and (self.ending or not (self._pending or self._elsewhere)):
                 return
-            if self._executor.remote and (self.detach or interrupts.count):
+            if self._executor.remote and self.detach:
                 self.outcome.queued = len(self._active)
-                self.outcome.interrupted = not self.detach
                 return
             self._executor.wait([a.handle for _, a in self._active], LOOK_S)
             self._poll()
-            if interrupts.count > asked:
-                asked = interrupts.count
-                self.outcome.interrupted = True
-                self._end("asked to stop", kill=asked > 1, grace_s=interrupts.grace_s)
             if time.monotonic() - self._looked > OTHERS_S:
                 self._look_around()
                 self._looked = time.monotonic()
@@ -314,7 +321,10 @@ def _executor(
 
 
 def _check_data(
-    todo: Sequence[Planned], executor: LocalExecutor, context: Mapping[str, Any]
+    todo: Sequence[Planned],
+    executor: LocalExecutor,
+    context: Mapping[str, Any],
+    check: Callable[[], None],
 ) -> int:
     """Read each dataset once before any run does; the number of GPUs here.
 
@@ -322,7 +332,8 @@ def _check_data(
     """
     wanted = {canonical([p.spec.dataset, p.spec.data]): p.spec for p in todo}
     sets = [[spec.dataset, spec.data] for spec in wanted.values()]
-    answer = executor.call("check_data", {"datasets": sets, "context": dict(context)})
+    request = {"datasets": sets, "context": dict(context)}
+    answer = executor.call("check_data", request, check=check)
     if answer["errors"]:
         raise DataError("\n".join(answer["errors"]))
     return int(answer["gpus"])

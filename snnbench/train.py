@@ -99,12 +99,15 @@ def train(job: Job) -> dict[str, Any]:
     nulls |= metrics.pop("nulls", {})
     if at.joules.doubt:
         nulls["energy_measured_j"] = at.joules.doubt
+    timing = timing_warning(quartiles(state["step_ms"]), job.device)
+    if len(state["places"]) > 1:
+        timing = f"done in several places, one after another: {'; '.join(state['places'])}"
     return {
         **metrics,
         **summary(state, first=at.plan[-1].first),
         **job.engine.describe(),
         "energy_measured_j": None if at.joules.doubt else state["joules"],
-        "timing_warning": timing_warning(quartiles(state["step_ms"]), job.device),
+        "timing_warning": timing,
         "images_per_s": state["samples"] / max(sum(e["train_s"] for e in state["history"]), 1e-9),
         "test_acc_with_heads": heads,
         "epochs": at.plan[-1].end,
@@ -127,12 +130,17 @@ def begin(job: Job, split: Split) -> Progress:
     state: dict[str, Any] = {
         "epoch": 0, "step": 0, "order_hash": "", "step_ms": [], "history": [], "fidelity": [],
         "parts_ms": dict.fromkeys(PARTS, 0.0), "samples": 0, "joules": 0.0, "loss_sum": 0.0,
-        "train_s": 0.0, "grad_norm_init": {}, "grad_norm": {}, "nulls": {},
+        "train_s": 0.0, "grad_norm_init": {}, "grad_norm": {}, "nulls": {}, "places": [],
+        "energy": (0, 0.0, None),
     }  # fmt: skip
     found = checkpoint.unpack(job.checkpoints, job.engine, trainable, optimizer, job.emit)
+    state = found or state
+    if job.place not in state["places"]:
+        state["places"].append(job.place)
     plan = phases(job.spec, len(split) // batch)
-    clock, joules = StepClock(job.device), Joules(job.device)
-    return Progress(plan, trainable, optimizer, clock, joules, found or state)
+    clock, joules = StepClock(job.device), Joules(job.device, why=job.shared)
+    joules.resume(*state["energy"])
+    return Progress(plan, trainable, optimizer, clock, joules, state)
 
 
 def save(job: Job, at: Progress) -> None:
@@ -180,7 +188,9 @@ def train_epoch(job: Job, at: Progress, split: Split, phase: Phase, epoch: int) 
             state["step"] += 1
             state["samples"] += batch
             if before + step == 0:
+                window.close()  # to look at the gradients is no part of training
                 state["grad_norm_init"] = gradient_norms(job.net)
+                window.open()
     window.close()
     state["grad_norm"] = gradient_norms(job.net)
     where = f"epoch {epoch + 1} of {at.plan[-1].end}"
@@ -222,6 +232,7 @@ class Window:
         state, clock = self.at.state, self.at.clock
         state["train_s"] += time.perf_counter() - self.began
         state["joules"] += self.at.joules.stop() or 0.0
+        state["energy"] = (self.at.joules.windows, self.at.joules.length_s, self.at.joules.why)
         state["step_ms"] += clock.drain_ms()
         for part, ms in clock.drain_parts_ms().items():
             state["parts_ms"][part] += ms
@@ -234,6 +245,8 @@ class Window:
         late = time.perf_counter() - self.at.saved_at > self.job.checkpoint_every_s
         try:
             self.job.stop()
+        except Exception:
+            raise  # another process of the team has died: the device would wait for it
         except BaseException:
             if self.at.state["step"]:
                 self.close()

@@ -22,7 +22,7 @@ import torch
 
 from snnbench import machine, registry
 from snnbench.doctor import examine, quick, warnings
-from snnbench.errors import DivergedError, ResultsError, SnnbenchError, WorkerError
+from snnbench.errors import DivergedError, ResultsError, RunSkipped, SnnbenchError, WorkerError
 from snnbench.methods import contract as contract_of_methods
 from snnbench.neurons import LIF, PRESETS, neuron_options
 from snnbench.runs.lease import Lease
@@ -33,16 +33,15 @@ from snnbench.training import group
 from snnbench.training.allocator import keep_freed_memory
 from snnbench.training.build import (
     Context,
-    RunSkipped,
     build,
     component,
     config,
+    current,
     device_of,
     make_engine,
     meet,
-    of_one_device,
 )
-from snnbench.training.cost import capacity, measure, probed
+from snnbench.training.cost import capacity, measure, probed, unknown_memory
 from snnbench.training.isolated import die_with_parent
 from snnbench.training.job import Job
 from snnbench.training.oom import after_oom, is_out_of_memory, more_parts, size_asked_for
@@ -158,7 +157,7 @@ def contract(request: dict[str, Any]) -> dict[str, Any]:
 def doctor(request: dict[str, Any]) -> dict[str, Any]:
     """The machine looked at, as `snnbench doctor` prints it."""
     try:
-        device = device_of(request["device"])
+        device = current(device_of(request["device"]))
     except RunSkipped as error:
         return {"errors": [str(error)]}
     keep_freed_memory()
@@ -276,14 +275,16 @@ def _measure(
     """Do what a run of its kind does; the metrics of the record."""
 
     def fresh(of: RunSpec = spec) -> Job:
-        return build(of, context, make_engine(of, device_of(context.device)))
+        return build(of, context, make_engine(of, current(device_of(context.device))))
 
     # Memory first, in a process of its own: this one then has not touched the device yet.
     if spec.kind == "capacity":
         found = capacity(spec, fresh, stop.look, stop.check)
         memory: dict[str, Any] = {}
+    elif spec.train.devices > 1:
+        memory = unknown_memory("BatchNorm over several devices keeps more than on the one probed")
     else:
-        memory = probed(lambda: fresh(of_one_device(spec)), stop.look)
+        memory = probed(lambda: fresh(spec), stop.look)
     checkpoints = run.checkpoints
 
     def follow(rank: int, address: str) -> None:
@@ -351,6 +352,9 @@ def _prepare(
         run.save_checkpoint(buffer.getbuffer())
 
     job.emit, job.save, job.checkpoint_every_s = emit, save, place.checkpoint_s
+    job.place = f"{record['machine']['machine_id']}, batch_split = {spec.train.batch_split}"
+    if place.parallel_jobs > 1:
+        job.shared = "several runs shared the device, and the counter does not tell them apart"
     data = job.data
     return (
         job,

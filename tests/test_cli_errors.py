@@ -122,6 +122,15 @@ def test_missing_suite(call: Call, arguments: str) -> None:
     assert name in one_line(call(*arguments.split()), ExitCode.USAGE)
 
 
+def test_a_cluster_without_submitit(
+    call: Call, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    line = one_line(call("run", "t.toml", "--executor", "slurm"), ExitCode.USAGE)
+    assert 'pip install "snnbench[slurm]"' in line
+    assert not (here / "results").exists()
+
+
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 5000, "x" * 5000 + ".toml"])
 @pytest.mark.parametrize("command", ["plan", "check", "run"])
 def test_hostile_suite_name(call: Call, command: str, name: str) -> None:

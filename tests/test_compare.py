@@ -228,6 +228,14 @@ def test_a_time_within_the_drift_of_sessions_is_no_evidence(a: Path, tmp_path: P
     assert verdicts(a, far, "step_ms_p50")["step_ms_p50"][0] == "worse"
 
 
+def test_runs_that_shared_their_device_leave_times_out(a: Path, tmp_path: Path) -> None:
+    b = results(tmp_path / "b", lambda s: {"parallel_jobs": 2, "step_ms_p50": 9.0})
+    alone = results(tmp_path / "alone", lambda s: {"parallel_jobs": 1})
+    found = verdicts(alone, b, "step_ms_p50", "test_acc")
+    assert found["step_ms_p50"] == ("not comparable", "other parallel_jobs (1 / 2)")
+    assert found["test_acc"][0] == "equal"
+
+
 def test_failed_runs_are_not_compared(a: Path, tmp_path: Path) -> None:
     folder = SuiteFolder(tmp_path / "b")
     ended(folder, SPEC, "failed", HOSTILE)

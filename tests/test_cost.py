@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snnbench.errors import RunSkipped
 from snnbench.measure.clock import PARTS, StepClock, timing_warning
 from snnbench.measure.spikes import Meter
 from snnbench.models.layer import Layer
@@ -217,6 +218,27 @@ def test_only_a_lack_of_memory_bounds_the_capacity(monkeypatch, error, fits):
             found()
     else:
         assert (found()["largest_T"], found()["largest_batch"]) == (None, None)
+
+
+def refusing(which: set[int]) -> Any:
+    """Jobs at every T but these."""
+
+    def make(of: Any) -> Job:
+        if of.T in which:
+            raise RunSkipped(f"T = {of.T} makes no sense")
+        return dataclasses.replace(make_job("bptt", T=of.T), spec=of)
+
+    return make
+
+
+def test_another_T_that_cannot_be_tried_leaves_the_batch_its_answer():
+    limit = Capacity(memory_gib=1.0, most_T=4, most_batch=2)
+    spec = dataclasses.replace(make_job(T=2).spec, kind="capacity", capacity=limit)
+    found = capacity(spec, refusing({1}), never, never)
+    assert (found["largest_batch"], found["largest_T"]) == (2, None)
+    assert found["nulls"] == {"largest_T": "not every T can be tried: T = 1 makes no sense"}
+    with pytest.raises(RunSkipped, match="T = 2 makes no sense"):
+        capacity(spec, refusing({2}), never, never)
 
 
 # --- the clock and the meter ------------------------------------------------------------------

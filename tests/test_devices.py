@@ -18,8 +18,9 @@ from snnbench.train import batches, epoch_order, train
 from snnbench.training import group
 from snnbench.training.group import SyncedBatchNorm2d
 from snnbench.training.job import Job, Step, prepare, train_step
+from snnbench.training.oom import is_out_of_memory, size_asked_for
 from snnbench.training.team import team
-from tests.conftest import without_timing
+from tests.conftest import rows, without_timing
 from tests.test_train import make_job
 
 CPU = torch.device("cpu")
@@ -148,6 +149,16 @@ def test_a_process_that_fails_is_named():
         watched(work)
 
 
+def test_a_process_that_runs_out_of_memory_is_no_fault_of_the_code():
+    def work(rank: int, address: str) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    with pytest.raises(RuntimeError, match="process 1 of 2") as caught:
+        watched(work)
+    assert is_out_of_memory(caught.value)
+    assert size_asked_for(caught.value).startswith("out of memory, asked for 20.00 MiB")
+
+
 def test_a_process_that_dies_is_named():
     with pytest.raises(SnnbenchError, match=r"process 1 of 2: it ended with code 7"):
         watched(lambda *_: os._exit(7))
@@ -166,3 +177,6 @@ def test_two_devices_from_the_command_line(bench, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "done: test" in done.stderr
+    (row,) = rows(tmp_path / "smoke")
+    assert row["saved_bytes"] == ""
+    assert "BatchNorm over several devices" in row["null_reasons"]

@@ -13,7 +13,13 @@ from snnbench.measure.gradients import fidelity
 from snnbench.methods import contract
 from snnbench.methods.ann import ANN
 from snnbench.methods.bptt import BPTT
-from snnbench.methods.grad_scale import GradScale, gradient_scale, traces, weight_grad
+from snnbench.methods.grad_scale import (
+    GradScale,
+    coincidences,
+    gradient_scale,
+    traces,
+    weight_grad,
+)
 from snnbench.methods.ottt import OTTT
 from snnbench.methods.rate import Rate
 from snnbench.methods.shortcut import Shortcut
@@ -26,6 +32,18 @@ from snnbench.spec import validate
 
 T, B, K = 5, 6, 3
 NEURON = LIF(decay=0.6, v_th=0.5, detach_reset=True, surrogate=Sigmoid())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_coincidences_do_not_overflow_in_half_precision(dtype):
+    """Sums over a batch of images pass the largest number of fp16, 65,504."""
+    op = torch.nn.Conv2d(2, 3, 3, padding=1)
+    pre, post = torch.full((64, 2, 32, 32), 1.5), torch.full((64, 3, 32, 32), 1.5)
+    found = coincidences(op, pre.to(dtype), post.to(dtype), torch.float32)
+    assert found.dtype == torch.float32
+    exact = weight_grad(op.double(), pre.double(), post.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    assert found.max() > 65_504
 
 
 def mlp(neuron=NEURON, depth=2):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from snnbench import runner
 from snnbench.errors import WorkerError
 from snnbench.executors import queue
+from snnbench.executors.local import LocalExecutor
 from snnbench.executors.slurm import SlurmExecutor
-from snnbench.runs.policy import SlurmOptions
+from snnbench.planner import Planned
+from snnbench.runs import overview
+from snnbench.runs.policy import RunPolicy, SlurmOptions
 from snnbench.runs.publish import publish_json
-from snnbench.store import RunFolder
+from snnbench.runs.stopping import AskedToStop, Cancel, Interrupts
+from snnbench.spec import RunSpec, TrainConfig
+from snnbench.store import RunFolder, SuiteFolder
 
 
 @pytest.fixture
@@ -68,3 +77,86 @@ def test_a_job_that_ends_between_two_looks_is_not_submitted_again(tmp_path: Path
     assert executor.attached(folder)
     executor._asked = -1e9  # a second has passed
     assert executor.submit(folder, {}).job == "7"
+
+
+def test_cancel_ends_a_job_that_has_not_begun_on_its_node(tmp_path: Path, monkeypatch):
+    """It holds no lease yet, and takes a request of before its start for an old one."""
+    folder = SuiteFolder(tmp_path / "s")
+    folder.write_plan({"runs": ["a", "b"]})
+    for name, job in (("a", "7"), ("b", "8")):
+        folder.run(name).path.mkdir(parents=True)
+        publish_json(folder.run(name).job, {"job": job})
+    ended: list[str] = []
+    monkeypatch.setattr(queue, "states", lambda: {"7": "RUNNING", "8": "COMPLETED"})
+    monkeypatch.setattr(queue, "cancel", lambda jobs: ended.extend(jobs))
+    assert overview.cancel(folder, [], wait_s=0.0) == []
+    assert ended == ["7"]
+
+
+class Remote:
+    """A cluster on which nothing ever ends; Ctrl-C is pressed while it is watched."""
+
+    remote = True
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self.interrupts, self.begun, self.stopped = interrupts, 0, 0
+        self.alive, self.from_outside = True, True
+
+    batch = staticmethod(contextlib.nullcontext)
+
+    def room(self, devices: int) -> bool:
+        return True
+
+    def attached(self, folder: RunFolder) -> bool:
+        return True
+
+    def submit(self, *_: Any) -> Remote:
+        self.begun += 1
+        return self
+
+    def messages(self, wait_s: float = 0.0) -> list[Any]:
+        return []
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+    def wait(self, *_: Any) -> None:
+        self.interrupts.count += 1
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_after_ctrl_c_jobs_go_on_and_none_is_submitted(tmp_path: Path, before: bool):
+    folder = SuiteFolder(tmp_path / "s")
+    spec = RunSpec(
+        dataset="digits", data={}, model="mlp", model_options={}, method="bptt", method_config={},
+        neuron={}, T=2, seed=0, train=TrainConfig(epochs=1),
+    )  # fmt: skip
+    specs = [replace(spec, seed=seed) for seed in (0, 1)]
+    planned = [Planned(s, s.run_id, "missing", True) for s in specs]
+    plan = SimpleNamespace(folder=folder, todo=planned, suite=SimpleNamespace(run=RunPolicy()))
+    listener, tables = (
+        SimpleNamespace(started=lambda *_: None), SimpleNamespace(write_if_due=lambda: None)
+    )  # fmt: skip
+    interrupts = Interrupts()
+    interrupts.count = int(before)
+    cluster = Remote(interrupts)
+    work = runner._Work(plan, cluster, {}, listener, tables, None, Cancel(folder))  # type: ignore
+    work.do(interrupts)
+    assert (cluster.begun, cluster.stopped) == (0 if before else 2, 0)
+    assert (work.outcome.interrupted, work.outcome.queued) == (True, cluster.begun)
+
+
+def test_ctrl_c_ends_a_question_that_takes_long(monkeypatch):
+    """As when a large dataset is read for the first time."""
+    ended = []
+    child = SimpleNamespace(
+        alive=True, messages=lambda _: [], kill=lambda: ended.append("killed"),
+        close=lambda: ended.append("closed"),
+    )  # fmt: skip
+    executor = LocalExecutor([])
+    monkeypatch.setattr(executor, "_spawn", lambda *_: child)
+    interrupts = Interrupts()
+    interrupts.count = 1
+    with pytest.raises(AskedToStop):
+        executor.call("check_data", {}, check=interrupts.check)
+    assert ended == ["killed", "closed"]

@@ -20,13 +20,15 @@ from snnbench import registry, train
 from snnbench.data.augment import pipeline
 from snnbench.data.base import Data, Split
 from snnbench.data.digits import Digits
-from snnbench.errors import DivergedError
+from snnbench.errors import DivergedError, SnnbenchError
 from snnbench.kernels import native
 from snnbench.kernels.choice import choose
 from snnbench.methods.base import Method
 from snnbench.models.convnet import ConvNet
 from snnbench.neurons import LIF
-from snnbench.spec import Every, RunSpec, TrainConfig, sub_seed
+from snnbench.spec import Every, Inherit, RunSpec, TrainConfig, sub_seed
+from snnbench.training import evaluate
+from snnbench.training import job as job_module
 from snnbench.training import recipe as recipes
 from snnbench.training.cost import probe
 from snnbench.training.engine import Engine, resolve_precision
@@ -40,8 +42,8 @@ RECIPE = {"epochs": 2, "batch_size": 64, "lr": 0.1, "weight_decay": 1e-3, "optim
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Stopped(Exception):
-    pass
+class Stopped(BaseException):
+    """As the worker's."""
 
 
 @functools.cache
@@ -468,6 +470,18 @@ def test_the_warm_up_leaves_no_trace(method):
     assert [k for k, p in job.net.named_parameters() if p.grad is not None] == []
 
 
+def test_the_warm_up_is_at_every_timestep_of_the_recipe(monkeypatch):
+    """A kernel that is compiled for a T would else be compiled within the first timed epoch."""
+    job = make_job(T=4, epochs=2, inherit=Inherit(T=2, epochs=1))
+    seen = []
+    step = job_module.train_step
+    monkeypatch.setattr(
+        job_module, "train_step", lambda j, at, *batch: seen.append(at.T) or step(j, at, *batch)
+    )
+    warm_up(job, job.data.train, 2)
+    assert seen == [4, 4, 2, 2]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_training_is_the_same_with_and_without_the_warm_up(monkeypatch, method):
     with_it, without = make_job(method), make_job(method)
@@ -556,6 +570,47 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, method, optimizer, st
     # Optimizer and auxiliary parameters too.
     for key in ("trainable", "optimizer"):
         torch.testing.assert_close(rest.saved[-1][key], whole.saved[-1][key], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("save_always")
+@pytest.mark.parametrize(
+    ("places", "doubted"), [(("a", "a"), False), (("a", "b"), True)], ids=["same", "other"]
+)
+def test_times_of_two_places_are_not_one(tmp_path, places, doubted):
+    """A run that goes on elsewhere, or with its batches in other parts, says so."""
+    first, second = make_job(epochs=3), make_job(epochs=3, checkpoint=tmp_path / "checkpoint.pt")
+    first.place, second.place = places
+    interrupted(first, tmp_path / "checkpoint.pt", 1)
+    warning = train.train(second)["timing_warning"]
+    assert (warning == "done in several places, one after another: a; b") is doubted
+
+
+@pytest.mark.usefixtures("save_always")
+def test_the_energy_of_an_earlier_process_that_could_not_measure_is_not_forgotten(tmp_path):
+    first, second = make_job(epochs=3), make_job(epochs=3, checkpoint=tmp_path / "checkpoint.pt")
+    first.shared = "several runs shared the device"
+    interrupted(first, tmp_path / "checkpoint.pt", 1)
+    result = train.train(second)
+    assert result["energy_measured_j"] is None
+    assert result["nulls"]["energy_measured_j"]
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["energy"][2] == "several runs shared the device"
+
+
+def test_a_member_of_the_team_that_died_is_not_waited_for():
+    """To save a checkpoint waits for the device, and the device for whoever has died."""
+    job = make_job()
+    job.stop = lambda: (_ for _ in ()).throw(SnnbenchError("process 1 of 2: it died"))
+    job.save = lambda state: pytest.fail("saved")
+    with pytest.raises(SnnbenchError, match="it died"):
+        train.train(job)
+
+
+@pytest.mark.parametrize(("parts", "size"), [(1, 32), (2, 16), (4, 8)])
+def test_gradients_are_compared_on_what_fits_into_a_step(monkeypatch, parts, size):
+    job = make_job(batch_size=32, batch_split=parts)
+    monkeypatch.setattr(evaluate, "fidelity", lambda m, n, x, y, p: {"n": (x.shape[1], len(y))})
+    assert evaluate.compare_gradients(job, job.data.train, 2, 0.0)["n"] == (size, size)
 
 
 @pytest.mark.usefixtures("save_always")

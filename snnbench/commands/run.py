@@ -95,6 +95,10 @@ def run(
     loaded, specs = planner.specs_of(suite, settings)
     if detach and loaded.run.executor == "local":
         raise UsageError("--detach: only a cluster goes on by itself; give --executor slurm")
+    if loaded.run.executor == "slurm":
+        from snnbench.executors.slurm import require_submitit
+
+        require_submitit()
     plan = planner.make_plan(loaded, specs, results, choice)
     if not plan.runs:
         raise UsageError(f"--only: no run of '{loaded.name}' fits; `snnbench plan` prints all")

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
@@ -209,16 +209,27 @@ class LocalExecutor:
             time.sleep(timeout_s)
 
     def call(
-        self, task: str, request: dict[str, Any], limit_s: float | None = None
+        self,
+        task: str,
+        request: dict[str, Any],
+        limit_s: float | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """The answer of a function of the worker, such as `resolve`, run in a child.
 
-        Raises WorkerError if it dies, or gives no answer within `limit_s`.
+        Raises WorkerError if it dies, or gives no answer within `limit_s`; what `check` raises
+        ends it.
         """
         handle = self._spawn(task, [request])
         answer: dict[str, Any] | None = None
         asked: float | None = None
         while answer is None and handle.alive:
+            try:
+                check()
+            except BaseException:
+                handle.kill()
+                handle.close()
+                raise
             for message in handle.messages(0.2):
                 asked = asked or time.monotonic()  # the warming up of the server is nobody's time
                 answer = answer or (message if message.get("event") != "begin" else None)

@@ -9,12 +9,13 @@ folder, and waits for it.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from snnbench.errors import WorkerError
+from snnbench.errors import UsageError, WorkerError
 from snnbench.executors import queue
 from snnbench.executors.base import Handle
 from snnbench.runs.policy import SlurmOptions
@@ -24,6 +25,12 @@ from snnbench.store import RunFolder
 # Ends that are nobody's failure: a user's, or one after which the node wrote what there is.
 OWN = ("CANCELLED", "COMPLETED")
 SHARED_FILES_S = 5.0  # how late a network file system may show what a node wrote
+
+
+def require_submitit() -> None:
+    """Raises UsageError where submitit is not installed, before anything is begun."""
+    if importlib.util.find_spec("submitit") is None:
+        raise UsageError('a cluster needs submitit: pip install "snnbench[slurm]"')
 
 
 class SlurmHandle:

@@ -81,11 +81,13 @@ def access_pj(size: int) -> float:
 class Joules:
     """The energy counter of the device that trains; `why` says why there is none."""
 
-    def __init__(self, device: torch.device, rapl: Path = RAPL) -> None:
-        self.why: str | None = None
+    def __init__(self, device: torch.device, rapl: Path = RAPL, why: str = "") -> None:
+        self.why: str | None = why or None
         self.joules = 0.0
         self._began: tuple[float, list[int]] | None = None
-        self._shortest: float | None = None
+        self.windows, self.length_s = 0, 0.0
+        if self.why is not None:
+            return
         if device.type == "cuda" and group.size() > 1:
             self.why = "the energy of several GPUs is not added up"
             return
@@ -114,8 +116,8 @@ class Joules:
             (now - then) % (most + 1) if most else now - then
             for now, then, most in zip(after, before, self._ranges, strict=True)
         )
-        length = time.perf_counter() - began
-        self._shortest = length if self._shortest is None else min(length, self._shortest)
+        self.windows += 1
+        self.length_s += time.perf_counter() - began
         self._began = None
         joules: float = spent / self._per_joule
         self.joules += joules
@@ -135,14 +137,19 @@ class Joules:
         """Why the sum of the windows is not to be believed, or None."""
         if self.why is not None:
             return self.why
-        if self._shortest is None:
+        if not self.windows:
             return "no training step was measured"
-        if self._shortest < PERIODS * self._period:
+        # Each window begins and ends somewhere within a period: what that costs averages out.
+        if (mean_s := self.length_s / self.windows) < PERIODS * self._period:
             return (
-                f"an epoch of {self._shortest:.2g} s is too short for a counter that moves every "
+                f"windows of {mean_s:.2g} s are too short for a counter that moves every "
                 f"{self._period:g} s"
             )
         return None
+
+    def resume(self, windows: int, length_s: float, why: str | None) -> None:
+        """Go on from what an earlier process measured of the same run."""
+        self.windows, self.length_s, self.why = windows, length_s, self.why or why
 
 
 def _nvml(device: torch.device) -> Any:

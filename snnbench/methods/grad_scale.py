@@ -116,7 +116,7 @@ class _ScaledWeight(torch.autograd.Function):
             pairs = [list(pairs)[-1]] * len(x_TB)
         grad_w = torch.zeros_like(weight)
         for x, g, (pre, post) in zip(x_TB, g_TB, pairs, strict=True):
-            scale = gradient_scale(group.total(weight_grad(ctx.op, pre, post)), config.alpha)
+            scale = gradient_scale(coincidences(ctx.op, pre, post, weight.dtype), config.alpha)
             grad_w += weight_grad(ctx.op, x, g) * scale
         return grad_x, grad_w, None, None, None
 
@@ -127,6 +127,12 @@ def traces(s_TB: Tensor) -> Iterator[Tensor]:
     for s in s_TB:
         trace = TRACE_DECAY * trace + s
         yield trace
+
+
+def coincidences(op: nn.Module, pre_B: Tensor, post_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Products of traces, summed over batch and places: in half precision they would overflow."""
+    with torch.autocast(pre_B.device.type, enabled=False):
+        return group.total(weight_grad(op, pre_B.to(dtype), post_B.to(dtype)))
 
 
 def gradient_scale(coincidence: Tensor, alpha: float) -> Tensor:

@@ -106,10 +106,13 @@ def cancel(folder: SuiteFolder, wanted: Sequence[str], wait_s: float) -> list[st
     queue.cancel(waiting)
     deadline = time.monotonic() + wait_s
     while True:
-        left = [r for r in chosen if lease.holder(folder.leases(r))]
+        # A job that has just come to its node has no lease yet, and may not have seen the request.
+        on_nodes = {r for r, j in jobs.items() if states.get(j) in queue.RUNNING}
+        left = [r for r in chosen if r in on_nodes or lease.holder(folder.leases(r))]
         if not left or time.monotonic() > deadline:
             break
-        time.sleep(0.5)
+        time.sleep(1.0 if on_nodes else 0.5)
+        states = (queue.states() or {}) if on_nodes else {}
     queue.cancel([jobs[r] for r in left if r in jobs])
     return [r for r in left if r not in jobs]
 

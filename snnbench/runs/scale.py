@@ -2,6 +2,8 @@
 
 The runs go through everything but training itself, in processes of their own; printed are seconds
 to expand, plan, show the state and report, and milliseconds a run to do them one after another.
+`fork_ms` of these is what the system takes for a process alone: forked from a server that has torch
+loaded, answering, and gone.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ name = "bptt"
 name = "tet"
 """
 RUNS_A_SEED = 10
+FORKS = 50
 T = TypeVar("T")
 
 
@@ -53,6 +56,7 @@ class Cost:
     plan_s: float
     run_ms: float
     run_ms_last: float
+    fork_ms: float
     plan_done_s: float
     status_s: float
     report_s: float
@@ -104,6 +108,7 @@ def measure(runs: int, folder: Path) -> Cost:
     local = LocalExecutor([], WORKER)
     context = {"data_root": str(folder), "device": "cpu"}
     runner.run(plan, context, listener, local=local)
+    forks = [1000 * _timed(lambda: local.call("nothing", {}))[0] for _ in range(FORKS)]
     between = [1000 * (b - a) for a, b in zip(listener.times, listener.times[1:], strict=False)]
 
     plan_done_s, again = _timed(lambda: planner.make_plan(suite, specs, results))
@@ -116,8 +121,9 @@ def measure(runs: int, folder: Path) -> Cost:
     last = between[-max(1, len(between) // 10) :]
     tenth = len(listener.memory) // 10
     return Cost(
-        len(specs), expand_s, plan_s, statistics.mean(between), statistics.mean(last), plan_done_s,
-        status_s, report_s, listener.memory[-1], listener.memory[-1] - listener.memory[tenth],
+        len(specs), expand_s, plan_s, statistics.mean(between), statistics.mean(last),
+        statistics.median(forks), plan_done_s, status_s, report_s, listener.memory[-1],
+        listener.memory[-1] - listener.memory[tenth],
     )  # fmt: skip
 
 

@@ -64,6 +64,10 @@ class Cancel:
         return request if isinstance(request, dict) else {}
 
 
+class AskedToStop(Exception):
+    """Ctrl-C or SIGTERM before any run has begun."""
+
+
 class Interrupts:
     """Counts Ctrl-C and SIGTERM: the first asks for a clean end, the second for one at once.
 
@@ -81,6 +85,11 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise AskedToStop if there was one: where nothing has begun, there is nothing to save."""
+        if self.count:
+            raise AskedToStop
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.count += 1

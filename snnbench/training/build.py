@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from snnbench import registry
-from snnbench.errors import WorkerError
+from snnbench.errors import RunSkipped, WorkerError
 from snnbench.kernels.choice import choose
 from snnbench.neurons import LIF
 from snnbench.spec import RunSpec, sub_seed, validate
@@ -26,10 +26,6 @@ class Context:
     data_root: str
     allow_unverified_data: bool = False
     device: str = "auto"
-
-
-class RunSkipped(Exception):
-    """The combination makes no sense or cannot run here; the reason is an outcome."""
 
 
 def build(spec: RunSpec, context: Context, engine: Engine) -> Job:
@@ -77,30 +73,29 @@ def device_of(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RunSkipped("no CUDA device is available here")
-    return torch.device(name)
+    return torch.device("cuda:0" if name == "cuda" else name)
+
+
+def current(device: torch.device) -> torch.device:
+    """The device, made torch's current one: CUDA's events and caps are those of the current one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def meet(spec: RunSpec, context: Context, rank: int, address: str) -> torch.device:
     """The device of one of the processes that train a run together, which it joins."""
     device, size = device_of(context.device), spec.train.devices
     if size == 1:
-        return device
+        return current(device)
     if device.type == "cuda":
         if torch.cuda.device_count() < size:
             raise RunSkipped(f"train.devices = {size}: there are {torch.cuda.device_count()} GPUs")
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
+        device = current(torch.device("cuda", rank))
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // size))
     group.join(rank, size, address, device)
     return device
-
-
-def of_one_device(spec: RunSpec) -> RunSpec:
-    """The part of a run that one of its devices does, for measuring its memory."""
-    recipe = spec.train
-    batch = recipe.batch_size // recipe.devices
-    return replace(spec, train=replace(recipe, batch_size=batch, devices=1))
 
 
 def component(kind: str, name: str, values: dict[str, Any]) -> Any:

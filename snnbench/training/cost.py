@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from snnbench.data.base import Split
+from snnbench.errors import DataError, RunSkipped
 from snnbench.measure.clock import PARTS, StepClock, quartiles, synchronize, timing_warning
 from snnbench.measure.energy import Joules
 from snnbench.measure.memory import (
@@ -102,11 +103,13 @@ def probed(make: Callable[[], Job], check: Callable[[], None]) -> dict[str, Any]
     seen = isolated(lambda: probe(make()), check)
     if "error" in seen:
         why = f"the memory pass failed: {seen['error']}"
-        return dict.fromkeys(MEMORY) | {
-            "nulls": dict.fromkeys(MEMORY, why),
-            "probe_s": time.perf_counter() - began,
-        }
+        return unknown_memory(why) | {"probe_s": time.perf_counter() - began}
     return seen
+
+
+def unknown_memory(why: str) -> dict[str, Any]:
+    """All figures of the memory pass, null with the reason."""
+    return dict.fromkeys(MEMORY) | {"nulls": dict.fromkeys(MEMORY, why)}
 
 
 def first_batch(job: Job, size: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +135,7 @@ def measure(job: Job) -> dict[str, Any]:
 
     trainable, optimizer = prepare(job)
     x_B, y_B = group.share(split.x), group.share(split.y)
-    clock, joules = StepClock(job.device), Joules(job.device)
+    clock, joules = StepClock(job.device), Joules(job.device, why=job.shared)
     at = Step(trainable, optimizer, clock, job.spec.T, job.spec.train.lr)
     job.net.train()
     joules.start()
@@ -189,16 +192,26 @@ def capacity(
 
     Each trial is a process of its own: a few training steps under the given memory. On a GPU the
     allocator refuses more; on a CPU the resident set must not grow by more, code that is loaded on
-    the way included. T is exact; a batch is found to within 1 / 32.
+    the way included. T is exact; a batch is found to within 1 / 32.  Raises RunSkipped where not
+    even the run's own T can be tried; another T that cannot leaves largest_T without an answer.
     """
     wanted, began = spec.capacity, time.perf_counter()
     assert wanted is not None, "a suite of kind 'capacity' has this table"
     trials: list[dict[str, Any]] = []
+    nulls: dict[str, str] = {}
+
+    def attempt(trial: RunSpec) -> dict[str, Any]:
+        try:
+            return try_steps(make(trial), wanted)
+        except (RunSkipped, DataError) as error:
+            return {"refused": str(error)}
 
     def fits(T: int, batch: int) -> bool:
         recipe = replace(spec.train, batch_size=batch, batch_split=1, devices=1)
         trial = replace(spec, T=T, train=recipe)
-        seen = isolated(lambda: try_steps(make(trial), wanted), check)
+        seen = isolated(lambda: attempt(trial), check)
+        if "refused" in seen:
+            raise RunSkipped(seen["refused"])
         # A kernel that runs out of memory ends a process; whatever else ends one says nothing of
         # memory, and would be taken for a small capacity.
         if "fits" not in seen and "SIGKILL" not in seen["error"]:
@@ -207,12 +220,18 @@ def capacity(
         progressed()
         return bool(seen.get("fits"))
 
-    largest_T = largest(lambda T: fits(T, spec.train.batch_size), wanted.most_T, 1)
-    largest_batch = largest(lambda batch: fits(spec.T, batch), wanted.most_batch, 32)
-    nulls = {}
-    for name, found in (("largest_T", largest_T), ("largest_batch", largest_batch)):
+    def search(name: str, fits: Callable[[int], bool], most: int, parts: int) -> int | None:
+        found = largest(fits, most, parts)
         if found is None:
             nulls[name] = f"not even 1 fits: {trials[-1].get('error', 'more memory was used')}"
+        return found
+
+    largest_batch = search("largest_batch", lambda n: fits(spec.T, n), wanted.most_batch, 32)
+    largest_T = None
+    try:
+        largest_T = search("largest_T", lambda T: fits(T, spec.train.batch_size), wanted.most_T, 1)
+    except RunSkipped as error:
+        nulls["largest_T"] = f"not every T can be tried: {error}"
     return {
         "largest_T": largest_T,
         "largest_batch": largest_batch,
@@ -256,7 +275,10 @@ def try_steps(job: Job, wanted: Capacity) -> dict[str, Any]:
     limit = wanted.memory_gib * GIB
     if job.device.type == "cuda":
         total = torch.cuda.get_device_properties(job.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), job.device)
+        if limit > total:
+            has = f"the GPU has {total / GIB:.1f}"
+            raise RunSkipped(f"capacity.memory_gib = {wanted.memory_gib:g}: {has}")
+        torch.cuda.set_per_process_memory_fraction(limit / total, job.device)
     elif why_not := reset_peak(job.device):
         return {"fits": False, "error": why_not}
     idle = used_bytes(job.device)

@@ -104,7 +104,8 @@ def accuracy_with_heads(job: Job, split: Split) -> float | None:
 def compare_gradients(job: Job, split: Split, T: int, progress: float) -> dict[str, Any]:
     """The method's gradient beside that of BPTT, on one fixed batch."""
     began = time.perf_counter()
-    size = min(job.spec.train.batch_size, len(split))
+    recipe = job.spec.train  # what one step holds at a time fits into the memory
+    size = min(recipe.batch_size // (recipe.batch_split * recipe.devices), len(split))
     x_TB = job.data.encode(split.x[:size], T)
     job.net.train()
     with job.engine.autocast():

@@ -39,6 +39,8 @@ class Job:
     checkpoints: Sequence[Path] = ()  # to go on from, the newest first
     stop: Callable[[], None] = lambda: None  # raises where the run shall end early
     checkpoint_every_s: float = 60.0
+    place: str = ""  # where, and in how many parts of a batch: times of two places are not one
+    shared: str = ""  # why what a counter of the whole device says is not this run's
 
     @property
     def device(self) -> torch.device:
@@ -119,16 +121,20 @@ def fill_gradients(job: Job, at: Step, x_TB: Tensor, target: Tensor) -> Tensor:
 
 
 def warm_up(job: Job, split: Split, steps: int) -> None:
-    """Throw-away steps on the first batch; everything is as before afterwards."""
+    """Throw-away steps on the first batch, at every T of the recipe; everything is as before
+    afterwards.
+    """
     before = {k: v.detach().clone() for k, v in job.net.state_dict().items()}
     rng = torch.get_rng_state()
     trainable, optimizer = prepare(job)
     job.net.train()
     size = min(job.spec.train.batch_size, len(split))
     x_B, y_B = group.share(split.x[:size].clone()), group.share(split.y[:size].clone())
-    at = Step(trainable, optimizer, StepClock(job.device), job.spec.T, job.spec.train.lr)
-    for _ in range(steps):
-        train_step(job, at, x_B, y_B)
+    early = job.spec.train.inherit
+    for T in (job.spec.T, *([early.T] if early else [])):  # kernels are compiled for each
+        at = Step(trainable, optimizer, StepClock(job.device), T, job.spec.train.lr)
+        for _ in range(steps):
+            train_step(job, at, x_B, y_B)
     job.net.zero_grad(set_to_none=True)
     job.net.load_state_dict(before)
     torch.set_rng_state(rng)

@@ -10,7 +10,9 @@ from snnbench.store import RunFolder
 
 ASKED = re.compile(r"(?:allocate|allocated:?) +([\d.]+ *(?:[KMGT]i?B|bytes))", re.IGNORECASE)
 # What torch says on a CPU, and what the libraries of a GPU do where torch did not ask itself.
-WORDS = ("not enough memory", "can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+# cuDNN without memory for any of its algorithms finds no engine (pytorch/pytorch#108645).
+WORDS = ("not enough memory", "can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED",
+         "unable to find an engine to execute")  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 
 from snnbench.errors import SnnbenchError
 from snnbench.training.isolated import die_with_parent
+from snnbench.training.oom import is_out_of_memory
 
 END_S = 10.0  # for the others to end after us
 
@@ -22,7 +23,8 @@ END_S = 10.0  # for the others to end after us
 def team(size: int, work: Callable[[int, str], None]) -> Iterator[tuple[str, Callable[[], None]]]:
     """Have `work(rank, address)` done in processes 1 to size - 1, while this one is process 0.
 
-    Gives the address where they meet, and a check that raises SnnbenchError if one has failed.
+    Gives the address where they meet, and a check that raises SnnbenchError if one has failed, or
+    RuntimeError if it ran out of memory.
     """
     address = f"tcp://127.0.0.1:{_free_port()}"
     context = multiprocessing.get_context("fork")
@@ -42,7 +44,8 @@ def team(size: int, work: Callable[[int, str], None]) -> Iterator[tuple[str, Cal
                 except EOFError:
                     process.join()
                     why = f"it ended with code {process.exitcode}"
-                raise SnnbenchError(f"process {rank} of {size}: {why}")
+                error = RuntimeError(f"process {rank} of {size}: {why}")
+                raise error if is_out_of_memory(error) else SnnbenchError(str(error))
 
     try:
         yield address, check
