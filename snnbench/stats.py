@@ -313,3 +313,12 @@ def profiles(costs: Mapping[str, Sequence[float]], factors: Sequence[float]) -> 
     ratio = np.where(table == best, np.where(np.isfinite(table), 1.0, np.inf), ratio)
     limits = np.asarray(factors, float)[:, None]
     return {name: (ratio[i] <= limits).mean(axis=1) for i, name in enumerate(costs)}
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other is left of (cheaper) and at least as high as, from left to right."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front

@@ -146,6 +146,14 @@ def locate(name: str) -> Path:
     raise UsageError(f"unknown suite '{name}'{did_you_mean(name, shipped())}")
 
 
+def name_of(given: str) -> str:
+    """The name under which the results of a suite lie, which its file may have another one than."""
+    with contextlib.suppress(SuiteError, UsageError):
+        if isinstance(found := read(locate(given)).get("name"), str):
+            return found
+    return Path(given).stem if given.endswith(".toml") else given
+
+
 def load(name: str, settings: Iterable[str] = ()) -> Suite:
     """Read a suite with `key=value` settings over it; raises SuiteError, one line per mistake."""
     path = locate(name)
@@ -228,15 +236,15 @@ def expand(suite: Suite, options: Options) -> list[RunSpec]:
         )
         if T in own
     ]
+    specs = [s for s in specs if not any(matches(s, rule) for rule in suite.exclude)]
+    if not specs:
+        raise SuiteError(f"suite '{suite.name}': 'exclude' leaves no run")
     early = suite.train.inherit
     if early is not None and (late := [s.T for s in specs if s.T <= early.T]):
         raise SuiteError(
             f"suite '{suite.name}': train.inherit.T = {early.T} must be below every T of the "
             f"suite; it has T = {min(late)}"
         )
-    specs = [s for s in specs if not any(matches(s, rule) for rule in suite.exclude)]
-    if not specs:
-        raise SuiteError(f"suite '{suite.name}': 'exclude' leaves no run")
     if len({s.run_id for s in specs}) < len(specs):
         raise SuiteError(
             f"suite '{suite.name}': the same run stands in it twice; look for a "

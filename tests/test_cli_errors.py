@@ -122,6 +122,16 @@ def test_missing_suite(call: Call, arguments: str) -> None:
     assert name in one_line(call(*arguments.split()), ExitCode.USAGE)
 
 
+def test_a_plan_of_no_run(call: Call) -> None:
+    for more in ((), ("--json",)):
+        line = one_line(call("plan", "t.toml", "--only", "method=ann", *more), ExitCode.USAGE)
+        assert "--only: no run of" in line
+
+
+def test_a_suite_with_a_plus_in_its_path_is_a_suite(call: Call) -> None:
+    assert "no such file" in one_line(call("check", "c++/t.toml"), ExitCode.USAGE)
+
+
 def test_a_cluster_without_submitit(
     call: Call, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,8 @@ def test_other_machine_leaves_times_and_memory_out_only(a: Path, tmp_path: Path)
     assert {k: v for k, v in found.items() if k in ("peak_bytes", "step_ms_p50", "train_s")} == {
         "peak_bytes": why, "step_ms_p50": why, "train_s": why,
     }  # fmt: skip
+    for name in ("energy_to_target_j", "activations_bytes", "wall_s", "backward_share"):
+        assert name in compare.OF_A_MACHINE | compare.TIMES
     assert found["test_acc"][0] == found["saved_bytes"][0] == "equal"
 
 

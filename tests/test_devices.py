@@ -113,6 +113,25 @@ def test_a_whole_run_of_two_processes():
     assert abs(two["test_acc"] - one["test_acc"]) <= 0.1
 
 
+@pytest.mark.parametrize("kernel", ["reference", "native"])
+def test_what_is_computed_again_counts_no_batch_twice(kernel):
+    """BatchNorm over several processes is not fused, and would be in the part done again."""
+
+    def statistics(memory: str) -> list[list[float]]:
+        job = make_job("bptt", kernel=kernel, memory=memory)
+        job.engine.take(job.net)
+        x_B, y_B = (part[:20] for part in (job.data.train.x, job.data.train.y))
+        x_TB = job.data.encode(group.share(x_B), 2)
+        job.engine.backward(job.method, job.net.train(), x_TB, group.share(y_B), 0.0)
+        return [b.flatten().tolist() for b in job.net.buffers()]
+
+    def both() -> Any:
+        return [statistics(memory) for memory in ("speed", "smallest")]
+
+    speed, smallest = together(2, both)
+    assert smallest == speed
+
+
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), TdBatchNorm2d(3, 0.7)])
 def test_a_synced_norm_alone_is_the_norm(norm):
     torch.manual_seed(0)

@@ -454,3 +454,20 @@ def test_a_dataset_is_fetched_unpacked_and_verified(
     (tmp_path / "MNIST" / "raw" / MNIST.FILES[0]).unlink()
     with pytest.raises(DataError, match="thrown away"):
         MNIST().fetch(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [lambda at: download(Remote("x", MD5, ()), at), lambda at: extract(at / "x.zip", at)],
+    ids=["download", "extract"],
+)
+def test_a_folder_in_which_nothing_can_be_locked_is_one_line(tmp_path, monkeypatch, work):
+    """As a share that others may only read."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(fetch.FileLock, "acquire", refused)
+    with pytest.raises(DataError, match="Permission denied") as caught:
+        work(tmp_path)
+    assert str(tmp_path) in str(caught.value)

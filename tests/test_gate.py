@@ -357,6 +357,28 @@ def test_an_update_keeps_the_limits_that_a_person_set(tmp_path: Path, bench: Ben
     assert gate.read(file).limits == {"test_acc": Limit(fall=0.123)}
 
 
+def test_a_limit_on_what_the_baseline_does_not_know_fails(tmp_path: Path) -> None:
+    """A misspelt figure would else be a limit that nothing ever breaks."""
+    folder = results(tmp_path / "made")
+    limits = {"test_acc": Limit(fall=0.03), "test_accc": Limit(fall=0.03)}
+    file = tmp_path / "baseline.json"
+    file.write_text(json.dumps(gate.of(folder, "made", YARDSTICK, limits)))
+    (failed,) = gate.check(folder, gate.read(file)).failed
+    assert failed.figure == "test_accc"
+    assert "misspelt" in failed.why
+
+
+def test_results_are_those_of_the_suite_by_its_name(tmp_path: Path, bench: Bench) -> None:
+    """The file may be called otherwise, as those below papers/ are."""
+    folder = results(tmp_path / "made")
+    suite = tmp_path / "other.toml"
+    suite.write_text('name = "made"')
+    file = tmp_path / "baseline.json"
+    made = bench.run("gate", suite, "--baseline", file, "--read", folder.path, "--update")
+    assert made.returncode == 0, made.stderr
+    assert gate.read(file).suite == "made"
+
+
 @pytest.mark.slow
 def test_command_runs_a_suite_afresh(tmp_path: Path, bench: Bench) -> None:
     suite = write_suite(tmp_path / "tiny.toml", ["bptt", "tet"], epochs=1)

@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 from records import HOSTILE, SPEC, done, ended, measured, tet, write
 
+from snnbench import stats
 from snnbench.report import html, plots, source
 from snnbench.report.content import View
 from snnbench.store import SuiteFolder
@@ -197,8 +198,8 @@ def test_figures_of_what_only_some_suites_measure(
 
 def test_pareto_front_by_hand() -> None:
     points = [(3.0, 5.0), (1.0, 1.0), (2.0, 4.0), (2.0, 3.0), (4.0, 4.5), (5.0, 5.0)]
-    assert plots.pareto_front(points) == [(1.0, 1.0), (2.0, 4.0), (3.0, 5.0)]
-    assert plots.pareto_front([(1.0, 1.0)]) == [(1.0, 1.0)]
+    assert stats.pareto_front(points) == [(1.0, 1.0), (2.0, 4.0), (3.0, 5.0)]
+    assert stats.pareto_front([(1.0, 1.0)]) == [(1.0, 1.0)]
 
 
 # --- in a browser -----------------------------------------------------------------------------

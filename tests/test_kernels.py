@@ -36,6 +36,7 @@ from snnbench.methods.bptt import BPTT
 from snnbench.methods.rate import Rate, spikes_and_eligibility
 from snnbench.models.convnet import ConvNet
 from snnbench.models.layer import Layer, TdBatchNorm2d
+from snnbench.models.mlp import MLP
 from snnbench.models.resnet import ResNet18, SEWResNet18
 from snnbench.models.vgg import VGG11
 from snnbench.neurons import LIF, SURROGATES, ATan, Sigmoid
@@ -868,6 +869,25 @@ def resident_bytes():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
+
+
+@needs_native
+@pytest.mark.parametrize("Model", [ConvNet, MLP])
+def test_no_step_leaves_a_tensor_behind(Model):
+    """A layer of two dimensions too: its spikes are the kernel's own array, and no view of it."""
+    net = Model(Model.Config(), (1, 8, 8), 10, LIF())
+    run = engine.Engine(CPU, choose("native", BACKENDS, CPU))
+    run.take(net)
+    x, y = torch.randn(4, 1, 8, 8), torch.randint(0, 10, (4,))
+
+    def after(steps):
+        for _ in range(steps):
+            run.backward(BPTT(), net, x.expand(4, *x.shape), y, 0.0)
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    held = after(3)
+    assert after(10) == held
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def test_fidelity_refuses_to_pool_and_says_how_to_choose(tmp_path: Path, column:
     assert len(text.splitlines()) == 1
     assert f"the runs differ in {column} " in text
     chosen = text.rpartition(f"--where {column}=")[2]
-    assert len(figure_of(source.read([folder], {column: [chosen]}), "fidelity").axes) == 4
+    assert len(figure_of(source.read([folder], {column: [chosen]}), "fidelity").axes) == 2
 
 
 def test_panels_left_out_are_named(tmp_path: Path) -> None:
@@ -190,6 +190,43 @@ def test_a_run_that_ended_badly_has_missed_the_target(tmp_path: Path, status: st
         bad = {"status": status, "time_to_target_s": None, "reason": "nan"} if seed else {}
         rows.append({"method": "rate", "seed": seed, "time_to_target_s": 5.0} | bad)
     assert ends(aimed(tmp_path / "x", rows)) == {"bptt": (0.75, 1.0), "rate": (0.25, 0.25)}
+
+
+def test_whoever_was_ended_from_outside_has_missed_the_target_too(tmp_path: Path) -> None:
+    """The record of a run that timed out is written by its parent, and names no machine."""
+    late = {"status": "timeout", "time_to_target_s": None, "machine_id": None, "reason": "late"}
+    rows = [{"time_to_target_s": 10.0}, {"method": "rate"} | late,
+            {"seed": 1, "time_to_target_s": 10.0},
+            {"method": "rate", "seed": 1, "time_to_target_s": 5.0}]  # fmt: skip
+    assert ends(aimed(tmp_path / "x", rows)) == {"bptt": (0.5, 1.0), "rate": (0.5, 0.5)}
+
+
+def test_curves_join_the_epochs_that_were_evaluated(tmp_path: Path) -> None:
+    folder = tables(tmp_path, {})
+    epochs = pd.read_csv(folder.epochs_csv)
+    epochs = pd.concat([epochs.assign(epoch=n, test_acc=0.5 + n / 10) for n in (1, 2, 3)])
+    epochs.loc[epochs["epoch"] == 2, "test_acc"] = None
+    epochs.to_csv(folder.epochs_csv, index=False)
+    left, _ = figure_of(source.read([folder]), "curves").axes
+    assert [list(line.get_xdata()) for line in left.lines] == [[1, 3], [1, 3]]
+    assert {line.get_marker() for line in left.lines} == {"None", ""} - {"None"}
+    epochs[epochs["epoch"] == 1].to_csv(folder.epochs_csv, index=False)
+    left, _ = figure_of(source.read([folder]), "curves").axes
+    assert all(line.get_marker() not in ("", "None") for line in left.lines)  # a point is seen
+
+
+@pytest.mark.parametrize(
+    ("measured", "titles"),
+    [((0, 2), ["at initialisation", "after training"]), ((0,), ["at initialisation"]),
+     ((2,), ["after training"])],
+)  # fmt: skip
+def test_fidelity_names_only_what_was_measured(tmp_path: Path, measured: Any, titles: Any) -> None:
+    folder = tables(tmp_path, {})
+    path = folder.path / "fidelity.csv"
+    frame = pd.read_csv(path)
+    pd.concat([frame.assign(epoch=n) for n in measured]).to_csv(path, index=False)
+    figure = figure_of(source.read([folder]), "fidelity")
+    assert [a.get_title() for a in figure.axes if a.get_title()] == titles
 
 
 def test_a_profile_takes_kernels_apart(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Every command and code block of the README works as written."""
 
+import dataclasses
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,17 @@ def test_the_suite_of_the_readme_runs(folder):
     assert done.returncode == 0, done.stderr
     planned = json.loads(run("snnbench plan mine.toml --json", folder).stdout)
     assert len(planned["runs"]) == 12  # three variants, two T, three seeds, less tet at T = 2
+
+
+def test_the_run_table_of_the_readme_shows_the_defaults():
+    from snnbench.runs.policy import RunPolicy
+    from snnbench.spec import validate
+
+    errors = []
+    shown = validate(RunPolicy, tomllib.loads(BLOCKS["toml"][1])["run"], errors)
+    assert errors == []
+    mine = {"jobs": None, "oom_retry": RunPolicy().oom_retry}  # the two that are examples
+    assert dataclasses.replace(shown, **mine) == RunPolicy()
 
 
 def test_the_method_of_the_readme_keeps_the_contract():

@@ -515,6 +515,20 @@ def test_a_rule_that_fits_no_run_is_refused(tmp_path: Path, rule: str) -> None:
         runs_of(tmp_path, f"{BASE}\n[[exclude]]\n{rule}\n")
 
 
+def test_time_inheritance_is_below_every_T_that_is_left(tmp_path: Path) -> None:
+    early = BASE.replace("[train]", "[train]\ninherit = { T = 2, epochs = 1 }")
+    with pytest.raises(SuiteError, match=r"inherit.T = 2 must be below every T .* it has T = 2"):
+        runs_of(tmp_path, early)
+    assert {s.T for s in runs_of(tmp_path, f"{early}\n[[exclude]]\nT = 2\n")} == {4}
+
+
+def test_gestures_are_not_mirrored() -> None:
+    """Six of the eleven classes are of the right or of the left hand."""
+    assert "flip" in load("cifar10dvs").data["augment"]
+    for name in ("dvsgesture", "dvsgesture-tiny"):
+        assert load(name).data["augment"] == ["roll"]
+
+
 def test_exclude_leaves_the_rest_in_order(tmp_path: Path) -> None:
     specs = runs_of(tmp_path, BASE + '\n[[exclude]]\nmethod = "tet"\nT = [4]\n')
     assert [(s.seed, s.T, s.method) for s in specs] == [

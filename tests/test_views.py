@@ -151,7 +151,7 @@ def test_comparison_by_hand(folder: SuiteFolder) -> None:
     place = built.columns.index("Δ last vs bptt")
     assert built.strong == {(1, place), (3, place)}
     assert "| **+3.05 ± 0.06** | 0.031 |" in markdown.render(built)
-    assert r"\textbf{$+3.05 \pm 0.06$} & $0.031$ &" in latex.render(built)
+    assert r"\textbf{\boldmath $+3.05 \pm 0.06$} & $0.031$ &" in latex.render(built)
     assert "better (exact p = 0.031 after Holm)" in built.findings[0]
 
 
@@ -176,6 +176,19 @@ def test_over_workloads_by_hand(folder: SuiteFolder) -> None:
     assert "interquartile mean" in markdown.render(built)
     one = content.build(folder, View(where={"T": ["4"]}))
     assert one.across == []
+    # The twin at T = 1 is no workload that the others would have left out.
+    done(folder, replace(SPEC, method="ann", T=1), 0.99)
+    write(folder)
+    assert content.build(folder).across == built.across
+
+
+def test_a_truth_value_is_filtered_by_the_word_that_the_report_prints(folder: SuiteFolder) -> None:
+    frame = pd.read_csv(folder.runs_csv)
+    frame["data_verified"] = [i == 0 for i in range(len(frame))]
+    frame.to_csv(folder.runs_csv, index=False)
+    for word in ("true", "True"):
+        cells = content.build(folder, View(where={"data_verified": [word]})).cells
+        assert [c.n for c in cells] == [1]
 
 
 # --- several folders --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from snnbench import registry
 from snnbench.measure.spikes import Meter
+from snnbench.methods.rate import Rate
 from snnbench.models.layer import Layer, Network, TdBatchNorm2d
 from snnbench.neurons import LIF, ReLU
 
@@ -324,6 +325,19 @@ def test_sew_sends_sums_of_spikes():
     for s_TB in sums:
         assert torch.equal(s_TB, s_TB.round())
     assert sums[-1].max() > 1
+
+
+@pytest.mark.parametrize("case", ["preact_resnet34", "preact_resnet34-cifar"])
+@pytest.mark.parametrize("step_mode", ["multi", "single"])
+def test_rate_goes_through_a_stem_that_pools_a_still_image(case, step_mode):
+    """Its BatchNorm counts every timestep; the max pooling behind sees the image stand still."""
+    net = build(case).train()
+    method = Rate(Rate.Config(step_mode=step_mode))
+    assert method.supports(net, 2) is None
+    image_B = torch.randn(B, *net.shape)
+    loss = method.backward(net, image_B.expand(T, *image_B.shape), torch.zeros(B).long(), 0.0)
+    assert loss.isfinite()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == []
 
 
 def test_preact_keeps_a_current():

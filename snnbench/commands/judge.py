@@ -89,6 +89,7 @@ def gate(
     """Run a suite and compare it with a committed baseline: exit code 0, or 1 and a summary."""
     from snnbench import console
     from snnbench.report import gate as judge
+    from snnbench.suite import name_of
 
     known = None if update and not baseline.exists() else judge.read(baseline)
     with tempfile.TemporaryDirectory() as temporary:
@@ -96,7 +97,7 @@ def gate(
             context = {"data_root": str(data_root_of(data_root)), "device": device_named(device)}
             folder, name = _run_afresh(suite, set_ or [], Path(temporary), context)
         else:
-            (folder,), name = results_of([str(read)], Path()), Path(suite).stem
+            (folder,), name = results_of([str(read)], Path()), name_of(suite)
         if known and known.suite != name:
             raise UsageError(f"{baseline}: a baseline of '{known.suite}', not of '{name}'")
         if update:

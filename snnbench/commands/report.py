@@ -274,6 +274,7 @@ def results_of(what: list[str] | None, results: Path) -> list[SuiteFolder]:
     """Folders of results, given by path, by suite, or by nothing: the suite run last."""
     from snnbench.spec import did_you_mean
     from snnbench.store import SuiteFolder, suite_folders
+    from snnbench.suite import name_of
 
     known = suite_folders(results)
     if not what:
@@ -282,7 +283,7 @@ def results_of(what: list[str] | None, results: Path) -> list[SuiteFolder]:
         return [known[-1]]
     found = []
     for wanted in what:
-        name = Path(wanted).stem if wanted.endswith(".toml") else wanted
+        name = name_of(wanted)
         for path in (Path(wanted), results / name):
             with contextlib.suppress(OSError, ValueError):  # a name too long, or with a NUL
                 if (path / "runs.csv").is_file():

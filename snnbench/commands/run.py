@@ -168,6 +168,8 @@ def plan(
     loaded, specs = planner.specs_of(suite, set_ or [])
     choice = planner.Choice(suites.parse_only(only or ()))
     planned = planner.make_plan(loaded, specs, results, choice)
+    if not planned.runs:
+        raise UsageError(f"--only: no run of '{loaded.name}' fits")
     if as_json:
         console.print_json(planned.to_json())
         return
@@ -178,8 +180,6 @@ def plan(
         + (f", about {time} on this machine" if time and planned.todo else "")
         + (f", {planned.stale} stale: computed by other code" if planned.stale else "")
     )
-    if not planned.runs:
-        raise UsageError(f"--only: no run of '{loaded.name}' fits")
     where = "" if results == Path("results") else f" --results {results}"
     again = same_command().replace("snnbench plan", "snnbench run", 1)
     if planned.stale and not planned.todo:

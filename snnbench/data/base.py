@@ -12,6 +12,7 @@ import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,6 +70,12 @@ class Split:
             yield from zip(x.split(batch), y.split(batch), strict=True)
 
 
+@cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """On the device once: to bring it there in every step would wait for the device."""
+    return torch.tensor(values, device=device)
+
+
 @dataclass
 class Data:
     """A loaded dataset. The test split never takes part in a choice."""
@@ -120,8 +127,7 @@ class Data:
 
     def _normalise(self, x: Tensor) -> Tensor:
         places = (-1, *[1] * (len(self.shape) - 1))
-        mean = torch.tensor(self.mean, device=x.device).view(places)
-        std = torch.tensor(self.std, device=x.device).view(places)
+        mean, std = (_constant(v, x.device).view(places) for v in (self.mean, self.std))
         normalised: Tensor = (x.float() / self.scale - mean) / std
         return normalised
 

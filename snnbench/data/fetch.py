@@ -8,6 +8,7 @@ firewall) or with a page of HTML: that is an error of that address, and the next
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -18,7 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def download(remote: Remote, folder: Path, progress: Progress | None = None) -> 
     """The file in `folder`, downloaded unless it is there; raises DataError if that fails."""
     target, part = folder / remote.name, folder / f"{remote.name}.part"
     make_folder(folder)
-    with FileLock(folder / f".{remote.name}.lock"):
+    with locked(folder / f".{remote.name}.lock"):
         if target.is_file() and md5_of(target) == remote.md5:
             return target
         told = []
@@ -71,6 +72,20 @@ def download(remote: Remote, folder: Path, progress: Progress | None = None) -> 
             f"; {kept:,} bytes are kept in {part}, and the same command goes on" if kept else ""
         )
         raise DataError(f"{remote.name} cannot be downloaded: {'; '.join(told)}{resume}")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone with this lock file; raises DataError where it cannot be written."""
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def make_folder(folder: Path) -> None:
@@ -92,7 +107,7 @@ def extract(archive: Path, folder: Path) -> None:
     """
     make_folder(folder)
     half = _half(archive.name, folder)
-    with FileLock(archive.with_name(f".{archive.name}.lock")):
+    with locked(archive.with_name(f".{archive.name}.lock")):
         try:
             shutil.rmtree(half, ignore_errors=True)
             half.mkdir()

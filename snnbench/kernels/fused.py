@@ -25,6 +25,7 @@ With any other these are torch operations around the backend.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -69,11 +70,12 @@ class Kernel(Reference):
         super().__init__()
         self.name, self.backend = name, backend
         self.complete = getattr(backend, "complete", False)
+        self.most_T = getattr(backend, "MOST_T", math.inf)
         self._rates, self._twins = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
-    def fuses(self, neuron: LIF | ReLU | None, dtype: torch.dtype) -> bool:
-        """Whether the backend computes these neurons in this dtype."""
-        return isinstance(neuron, LIF) and dtype != torch.float64
+    def fuses(self, neuron: LIF | ReLU | None, dtype: torch.dtype, T: int) -> bool:
+        """Whether the backend computes these neurons in this dtype, over so many timesteps."""
+        return isinstance(neuron, LIF) and dtype != torch.float64 and self.most_T >= T
 
     def fire(
         self,
@@ -85,7 +87,7 @@ class Kernel(Reference):
         rest_norm: nn.BatchNorm2d | None = None,
     ) -> Tensor:
         """Spikes s_TB of a population at rest, fed with the normalised y_TB plus rest_TB."""
-        if not self.fuses(neuron, y_TB.dtype):
+        if not self.fuses(neuron, y_TB.dtype, T):
             return super().fire(neuron, y_TB, norm, rest_TB, T, rest_norm)
         assert isinstance(neuron, LIF)
         self.steps[self.name] += 1
@@ -291,7 +293,9 @@ class _Fire(torch.autograd.Function):
         s = plan.backend.fire(
             y, constants[0], constants[1], rest, decay, plan.neuron, plan.T, **more
         )
-        s_TB = uncells(s, ctx.shape)
+        # Both are views of what nobody else holds: a twin that were a view of the spikes would keep
+        # alive the key under which it is known, and itself, for ever.
+        s_TB = uncells(s.view_as(s), ctx.shape)
         return s_TB, s_TB.view_as(s_TB) if plan.twins else None
 
     @staticmethod

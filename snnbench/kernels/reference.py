@@ -28,8 +28,8 @@ class Reference:
     def __deepcopy__(self, memo: Any) -> Reference:
         return self  # shared by all layers of a network, and by its copies
 
-    def fuses(self, neuron: LIF | ReLU | None, dtype: torch.dtype) -> bool:
-        """Whether this kernel has a layer step of its own for these neurons in this dtype."""
+    def fuses(self, neuron: LIF | ReLU | None, dtype: torch.dtype, T: int) -> bool:
+        """Whether this kernel has a layer step of its own for these neurons, dtype and T."""
         return False
 
     def twin(self, x_TB: Tensor) -> Tensor:

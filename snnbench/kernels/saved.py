@@ -133,17 +133,15 @@ def dense(tensor: Tensor) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-SHIFTS = torch.arange(8, dtype=torch.uint8)
-
-
 def pack(flat: Tensor) -> Tensor:
     """Zeros and ones as bits, eight to a byte, lowest first."""
     rows = torch.nn.functional.pad(flat != 0, (0, -len(flat) % 8)).view(-1, 8)
-    shifted = rows.to(torch.uint8) << SHIFTS.to(flat.device)
+    shifted = rows.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=flat.device)
     return shifted.sum(1, dtype=torch.uint8)
 
 
 def unpack(bits: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """The first `count` zeros and ones of `bits`."""
-    rows = bits[:, None] >> SHIFTS.to(bits.device) & 1
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)  # made there: nothing waits
+    rows = bits[:, None] >> shifts & 1
     return rows.flatten()[:count].to(dtype)

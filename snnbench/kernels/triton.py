@@ -30,6 +30,7 @@ source = "Triton, one pass forward and one or two backward over all timesteps"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CAPABILITY = (7, 0)  # of the oldest GPUs that Triton compiles for
+MOST_T = 128  # the code of all timesteps stands in a row: to compile more would take minutes
 CHANNELS = 64  # of a tile, at most
 CELLS = 8192  # that a program without timesteps works on, tile by tile
 

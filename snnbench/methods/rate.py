@@ -65,7 +65,7 @@ class Rate(Method):
         """Value of the spikes, gradient of the rate."""
         kernel: Any = layer.kernel
         T = len(x_TB[0])
-        if not kernel.fuses(layer.physics, x_TB[0].dtype):
+        if not kernel.fuses(layer.physics, x_TB[0].dtype, T):
             return self._run_plain(layer, *x_TB)
         parts, norm = normed(layer.synapses[0])
         y_TB, c_B = both(parts, x_TB[0], kernel, last=norm is not None)
@@ -201,11 +201,14 @@ def both(
     for i, part in enumerate(parts):
         if isinstance(part, nn.MaxPool2d) and len(value_TB) > 1:
             raise ValueError("max pooling of input that varies in time has no rate gradient")
+        still = len(value_TB) == 1
         if isinstance(part, nn.BatchNorm2d):
             value_TB = value_TB.expand(len(x_TB), *value_TB.shape[1:])  # counts every timestep
         before_TB = value_TB
         with torch.no_grad():
             value_TB = over_time(part, before_TB)
+        if still and any(isinstance(later, nn.MaxPool2d) for later in parts[i + 1 :]):
+            value_TB = value_TB[:1]
         if isinstance(part, nn.BatchNorm2d) and part.training:
             rate_B = rate_batch_norm(part, before_TB, rate_B)
         elif isinstance(part, nn.Conv2d | nn.Linear):

@@ -78,8 +78,10 @@ class Layer(nn.Module):
         (parts, norm), T = normed(self.synapses[0]), len(x_TB[0])
         y_TB = through(parts, frames(x_TB[0]), apply)
         rest_TB, rest_norm = self._rest(x_TB[1:], apply)
-        # A method's own way through the weights may round otherwise than the recipe would.
-        if self.keeper is not None and apply is over_time and torch.is_grad_enabled():
+        # A method's own way through the weights may round otherwise than the recipe would; and a
+        # norm that is not fused would count a batch twice.
+        again = apply is over_time and not any(isinstance(p, nn.BatchNorm2d) for p in parts)
+        if self.keeper is not None and again and torch.is_grad_enabled():
             self.keeper.output(y_TB, lambda x: through(parts, x, over_time), frames(x_TB[0]))
         s_TB = self.kernel.fire(self.neuron, y_TB, norm, rest_TB, T, rest_norm)
         if self.keeper is not None and isinstance(self.physics, LIF):

@@ -49,6 +49,8 @@ class Session:
         self.device = torch.device(self.setup.device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise WorkerError("no CUDA device is available here")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device.index or 0)  # events are those of the current device
         torch.backends.cudnn.benchmark = True
         # Imports are no part of the warm-up; torch does one when the first optimizer is made.
         importlib.import_module("torch._dynamo")

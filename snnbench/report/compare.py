@@ -37,9 +37,11 @@ EXACT = {"saved_bytes", "macs_per_sample", "dense_macs_per_sample", "membrane_up
          "params_train", "params_infer", "params_bytes", "grads_bytes",
          "optimizer_bytes"}  # fmt: skip
 OF_A_MACHINE = {"peak_bytes", "peak_reserved_bytes", "peak_nvml_bytes", "energy_measured_j",
-                "largest_T", "largest_batch"}  # fmt: skip
+                "energy_to_target_j", "activations_bytes", "largest_T",
+                "largest_batch"}  # fmt: skip
 TIMES = {"step_ms_p50", "step_ms_p25", "step_ms_p75", "train_s", "images_per_s",
-         "time_to_target_s", "eval_s"}  # fmt: skip
+         "time_to_target_s", "eval_s", "measure_s", "wall_s", "overhead_s", "data_share",
+         "forward_share", "backward_share", "optimizer_share"}  # fmt: skip
 DRIFT = 0.1  # by which two sessions on one machine may differ without any reason in the code
 VERDICTS = ("worse", "better", "differs", "no evidence", "equal", "not comparable")
 

@@ -303,9 +303,8 @@ def _middle(figure: str, values: Mapping[int, float]) -> float:
 
 def check(folder: SuiteFolder, baseline: Baseline) -> Verdict:
     """Every cell and figure of the baseline against what was measured now."""
-    frame = read_runs(folder)
+    frame, checks = read_runs(folder), list(not_finite(folder))
     now = _cells(frame)
-    checks = list(not_finite(folder))
     # A run that makes no sense here is no fault, unless the baseline has figures of it.
     for _, row in frame[~frame["status"].isin(["done", "skipped"])].iterrows():
         reason = "" if pd.isna(row["reason"]) else f": {' '.join(str(row['reason']).split())}"
@@ -322,6 +321,10 @@ def check(folder: SuiteFolder, baseline: Baseline) -> Verdict:
     for k in ("machine_id", "torch"):
         if (v := _one(frame, k)) != (was := baseline.made.get(k)):
             notes.append(f"{k} is {v}; the baseline was made with {was}")
+    why = "no cell of the baseline has it: misspelt, or to be added by --update"
+    known = {f for c in baseline.cells for f, v in c.figures.items() if v is not None}
+    unknown = baseline.limits.keys() - known - (set() if baseline.yardstick else {RATIO})
+    checks += [Check("every cell", f, None, None, "", False, why) for f in sorted(unknown)]
     notes += [f"{c.figure} of {c.cell}: {c.why}" for c in checks if c.ok and c.why]
     return Verdict(baseline.suite, checks, notes)
 
@@ -329,8 +332,7 @@ def check(folder: SuiteFolder, baseline: Baseline) -> Verdict:
 def _checked(
     cell: CellBaseline, runs: pd.DataFrame | None, frame: pd.DataFrame, baseline: Baseline
 ) -> list[Check]:
-    name = str(cell)
-    runs = None if runs is None else runs[runs["status"] == "done"]
+    name, runs = str(cell), None if runs is None else runs[runs["status"] == "done"]
     seeds = set() if runs is None else {int(s) for s in runs["seed"]}
     if runs is None or not set(cell.seeds) <= seeds:
         absent = ", ".join(str(s) for s in cell.seeds if s not in seeds)
@@ -368,8 +370,7 @@ def to_markdown(verdict: Verdict) -> str:
     if failed:
         shown = [_texts(c) for c in failed[:20]]
         lines += table(["cell", "figure", "baseline", "now", "limit", "why"], shown, right=False)
-        lines += ["", f"and {len(failed) - 20} more"] if len(failed) > 20 else []
-        lines.append("")
+        lines += [*(["", f"and {len(failed) - 20} more"] if len(failed) > 20 else []), ""]
     figures = dict.fromkeys(c.figure for c in verdict.checks if c.was is not None)
     if figures:
         lines += ["| figure | cells | largest change | limit |", "| --- | ---: | ---: | --- |"]

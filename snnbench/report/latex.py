@@ -40,11 +40,9 @@ def render(report: Report) -> str:
         if r in report.breaks:
             lines.append(r"\midrule")
         cells = [_figure(c) if i >= report.keys else escape(c) for i, c in enumerate(row)]
-        lines.append(
-            _row(
-                [rf"\textbf{{{c}}}" if (r, i) in report.strong else c for i, c in enumerate(cells)]
-            )
-        )
+        strong = [(r, i) in report.strong for i in range(len(cells))]
+        bold = [rf"\textbf{{\boldmath {c}}}" for c in cells]  # math has a weight of its own
+        lines.append(_row([b if s else c for s, b, c in zip(strong, bold, cells, strict=True)]))
     lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 

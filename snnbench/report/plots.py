@@ -199,7 +199,7 @@ def pareto(column: str, name: str, scale: float) -> Callable[[Source], Any]:
                     (c for c in members if c.label == label), key=lambda c: int(c.conditions["T"])
                 )
                 points += _trail(axis, mine, column, scale, styles[label])
-            canvas.front(axis, pareto_front(points))
+            canvas.front(axis, stats.pareto_front(points))
             if max(x for x, _ in points) > 8 * max(min(x for x, _ in points), 1e-12):
                 canvas.logarithmic(axis, "x")
             axis.set(title=title, xlabel=name, ylabel="test accuracy, last epoch, %")
@@ -231,15 +231,6 @@ def _known(cell: Cell, column: str, above: float = -math.inf) -> bool:
     return e is not None and math.isfinite(e.mean) and e.mean > above
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no other is left of (cheaper) and at least as high as, from left to right."""
-    front: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
-        if not front or y > front[-1][1]:
-            front.append((x, y))
-    return front
-
-
 def curves(source: Source) -> Any:
     """Training loss and test accuracy by epoch, mean and interval over seeds."""
     frame = source.epochs
@@ -269,10 +260,14 @@ def curves(source: Source) -> Any:
 def _bands(axis: Any, rows: pd.DataFrame, column: str, scale: float) -> None:
     """Mean by epoch of every method, in a band of its interval."""
     for label, i, mine in _by_label(rows):
+        mine = mine[mine[column].notna()]  # epochs without evaluation
         at = [(e, *_interval(g[column] * scale)) for e, g in mine.groupby("epoch")]
+        if not at:
+            continue
         epochs, means, halves = map(np.array, zip(*at, strict=True))
         look = {k: canvas.style(i)[k] for k in ("color", "linestyle", "linewidth")}
-        axis.plot(epochs, means, label=label, **look)
+        marker = canvas.style(i)["marker"] if len(at) == 1 else ""  # one point is no line
+        axis.plot(epochs, means, label=label, marker=marker, **look)
         axis.fill_between(epochs, means - halves, means + halves, color=look["color"],
                           alpha=0.12, linewidth=0)  # fmt: skip
     if column == "train_loss" and (rows[column].dropna() > 0).all():
@@ -325,7 +320,9 @@ def fidelity(source: Source) -> Any:
     last = frame["T"].max()
     frame = frame[frame["T"] == last]
     _one_workload(source, frame)
-    when = {"at initialisation": frame["epoch"].min(), "after training": frame["epoch"].max()}
+    after = frame["epoch"].max()
+    when = {"at initialisation": 0} if (frame["epoch"] == 0).any() else {}
+    when |= {"after training": after} if after > 0 else {}
     figure, axes = canvas.panels(2, len(when), f"Gradients against exact BPTT, T = {last}")
     for row, (column, name) in enumerate((("cos", "cosine"), ("norm_ratio", "norm ratio"))):
         for place, (title, epoch) in enumerate(when.items()):
@@ -363,6 +360,9 @@ def profiles(source: Source) -> Any:
     runs = _aimed(source)
     # `ann` runs at T = 1 only, where it has no partner.
     frame = _labelled(source, runs[runs["method"] != "ann"])
+    # Whoever ends a run from outside does not know its machine: it is that of the others.
+    if len(machines := frame["machine_id"].dropna().unique()) == 1:
+        frame = frame.assign(machine_id=machines[0])
     at = frame[[*_keys(source), "target", "seed"]].astype("string").fillna("")
     table = frame.assign(at=at.agg("|".join, axis=1)).drop_duplicates(["at", "label"], keep="last")
     table = table.pivot(index="at", columns="label", values="time_to_target_s").dropna()

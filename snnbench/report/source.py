@@ -182,7 +182,7 @@ def parse_where(rules: Iterable[str]) -> dict[str, list[str]]:
 def _fits(value: Any, wanted: Sequence[str]) -> bool:
     if pd.isna(value):
         return "" in wanted
-    if str(value) in wanted:
+    if str(value) in wanted or str(value).lower() in wanted:  # a truth value is False in a table
         return True
     try:
         return any(float(w) == float(value) for w in wanted)

@@ -55,6 +55,8 @@ def make_engine(spec: RunSpec, device: torch.device) -> Engine:
         raise WorkerError(str(error)) from error
     if why := set_matmul_precision(precision, device):
         raise RunSkipped(why)
+    # The fastest of cuDNN's algorithms is looked for in the warm-up; it decides the last bits.
+    torch.backends.cudnn.benchmark = True
     if spec.train.deterministic:
         make_deterministic()
     return Engine(device, choice, precision, spec.memory)

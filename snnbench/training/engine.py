@@ -67,7 +67,9 @@ class Engine:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision where the run asks for it; membranes and statistics stay in fp32."""
         if self.precision in HALF:
-            return torch.autocast(self.device.type, dtype=HALF[self.precision])
+            # Without its cache: up to torch 2.10 that gave weights cast without gradient to those
+            # that need one.
+            return torch.autocast(self.device.type, dtype=HALF[self.precision], cache_enabled=False)
         return contextlib.nullcontext()
 
     def backward(
@@ -143,6 +145,9 @@ def set_matmul_precision(precision: str, device: torch.device) -> str | None:
     """Set the precision of fp32 matrix products; why it cannot be had here, or None."""
     if precision == "tf32" and device.type != "cuda":
         return "tf32 needs a CUDA device"
+    bf16 = precision == "bf16" and device.type == "cuda"
+    if bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16: this GPU has no arithmetic for it; fp16 works everywhere"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return None
