@@ -201,14 +201,13 @@ def both(
     for i, part in enumerate(parts):
         if isinstance(part, nn.MaxPool2d) and len(value_TB) > 1:
             raise ValueError("max pooling of input that varies in time has no rate gradient")
-        still = len(value_TB) == 1
+        still = len(value_TB) == 1 and any(isinstance(p, nn.MaxPool2d) for p in parts[i:])
         if isinstance(part, nn.BatchNorm2d):
             value_TB = value_TB.expand(len(x_TB), *value_TB.shape[1:])  # counts every timestep
         before_TB = value_TB
         with torch.no_grad():
             value_TB = over_time(part, before_TB)
-        if still and any(isinstance(later, nn.MaxPool2d) for later in parts[i + 1 :]):
-            value_TB = value_TB[:1]
+        value_TB = value_TB[:1] if still else value_TB
         if isinstance(part, nn.BatchNorm2d) and part.training:
             rate_B = rate_batch_norm(part, before_TB, rate_B)
         elif isinstance(part, nn.Conv2d | nn.Linear):
