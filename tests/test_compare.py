@@ -236,6 +236,9 @@ def test_runs_that_shared_their_device_leave_times_out(a: Path, tmp_path: Path) 
     found = verdicts(alone, b, "step_ms_p50", "test_acc")
     assert found["step_ms_p50"] == ("not comparable", "other parallel_jobs (1 / 2)")
     assert found["test_acc"][0] == "equal"
+    frame = pd.read_csv(b / "runs.csv", dtype=str)
+    frame.drop(columns="parallel_jobs").to_csv(b / "runs.csv", index=False)  # an earlier version
+    assert verdicts(alone, b, "step_ms_p50")["step_ms_p50"][0] == "worse"
 
 
 def test_failed_runs_are_not_compared(a: Path, tmp_path: Path) -> None:

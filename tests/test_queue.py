@@ -140,7 +140,7 @@ def test_after_ctrl_c_jobs_go_on_and_none_is_submitted(tmp_path: Path, before: b
     interrupts = Interrupts()
     interrupts.count = int(before)
     cluster = Remote(interrupts)
-    work = runner._Work(plan, cluster, {}, listener, tables, None, Cancel(folder))  # type: ignore
+    work = runner._Work(plan, cluster, {}, listener, tables, None, Cancel(folder))
     work.do(interrupts)
     assert (cluster.begun, cluster.stopped) == (0 if before else 2, 0)
     assert (work.outcome.interrupted, work.outcome.queued) == (True, cluster.begun)

@@ -230,7 +230,8 @@ def _row(
         return replace(row, why=f"not measured in {'A' if not a else 'B'}")
     names = ["data_hash", *(["machine_id"] if column.name in OF_A_MACHINE | TIMES else [])]
     # Runs that share their device disturb each other's clocks.
-    names += ["parallel_jobs"] if column.name in TIMES and "parallel_jobs" in mine else []
+    told = all(_set(runs, "parallel_jobs") for runs in (mine, theirs))  # not by an earlier version
+    names += ["parallel_jobs"] if told and column.name in TIMES else []
     differ = [n for n in names if _set(mine, n) != _set(theirs, n)]
     if differ:
         return replace(row, why=_other(differ, mine, theirs))
