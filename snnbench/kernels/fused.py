@@ -55,8 +55,9 @@ class Affine:
 
 @dataclass(frozen=True)
 class Rates:
-    """Time-means of a layer: rate; eligibility and normalised input as [M, C]."""
+    """Spikes of a layer, and time-means: rate; eligibility and normalised input as [M, C]."""
 
+    s_TB: Tensor
     rate_B: Tensor
     elig: Tensor
     xhat: Tensor | None
@@ -145,13 +146,12 @@ class Kernel(Reference):
                 cells(y_TB), a, b, mean, rstd, rest, decay, neuron, T
             )
             shape = y_TB.shape[1:]
-            found = Rates(unpixels(rate, shape), elig, xhat, affine)
+            found = Rates(uncells(s, shape), unpixels(rate, shape), elig, xhat, affine)
         weight, bias = (None, None) if affine is None else (affine.weight, affine.bias)
         back = self.backend.rate_backward if self.complete else rates.step_backward
-        rate_B: Tensor = rates.Step.apply(c_B, rest_B, weight, bias, found, back)
-        out_TB: Tensor = rates.Carry.apply(uncells(s, shape), rate_B)
-        self._rates[out_TB] = rate_B
-        return out_TB
+        s_TB: Tensor
+        s_TB, self._rates[s_TB] = rates.Step.apply(c_B, rest_B, weight, bias, found, back)
+        return s_TB
 
     def rate_of(self, x_TB: Tensor) -> Tensor:
         """The time-mean of an input; where a layer here sent it, without a gradient of length T."""

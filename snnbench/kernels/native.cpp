@@ -52,8 +52,8 @@ struct Walk {
 
 std::vector<float> tiled(const float* values, const Walk& w, float otherwise) {
   std::vector<float> out(w.tile, otherwise);
-  if (values)
-    for (int64_t i = 0; i < w.tile; ++i) out[i] = values[i % w.C];
+  for (int64_t row = 0; values && row < w.rows; ++row)
+    std::copy(values, values + w.C, out.begin() + row * w.C);
   return out;
 }
 
@@ -65,7 +65,8 @@ struct Sums {
   double* of(int64_t thread) { return data.data() + thread * tile; }
   std::vector<double> folded() const {
     std::vector<double> out(C);
-    for (int64_t i = 0; i < threads * tile; ++i) out[i % tile % C] += data[i];
+    for (auto row = data.begin(); row != data.end(); row += C)
+      for (int64_t c = 0; c < C; ++c) out[c] += row[c];
     return out;
   }
 };
@@ -214,7 +215,7 @@ struct Totals {
 
 // Where a segment begins, and what holds for it: a shift of each pointer of the whole.
 struct Segment {
-  const float *y, *rest, *g, *g2, *a, *b, *ra, *rb, *mu, *rmu;
+  const float *y, *rest, *g, *g2, *a, *b, *ra, *rb, *mu, *rmu, *rstd;
   int64_t stride_y, stride, stride_2, stride_to, length;
   float *to, *sum;  // G of every timestep, and its sum over time where that is wanted
   Totals totals;
@@ -346,34 +347,98 @@ struct Walked {
   }
 };
 
-// One timestep of the time-means: rate, eligibility and drive; rho is the sensitivity of v_pre.
-template <int KIND, bool HARD, bool DETACH>
-void means_(const Neuron& n, const float* __restrict h, const float* __restrict s,
-            const float* __restrict y, int64_t length, float* __restrict rho,
-            float* __restrict elig, float* __restrict rate, float* __restrict drive) {
-  const float decay = n.decay, gain = n.gain, th = n.v_th, drop = n.drop, p = n.shape;
+// What a walk onward makes: spikes; of the time-means rate, eligibility and normalised input.
+struct Made {
+  float *s, *rate, *elig, *xhat;
+};
+
+constexpr int NO_MEANS = -1;  // in place of a surrogate
+constexpr int LANES = 64;     // elements that go through all timesteps together
+
+// LANES elements, from i on; rho is the sensitivity of v_pre to the currents.
+template <int KIND, Rest REST, bool DETACH, int LANES>
+void onward_(const Neuron& n, const Segment& seg, const Made& out, int64_t T, int64_t i) {
+  constexpr bool MEANS = KIND != NO_MEANS;
+  const float decay = n.decay, gain = n.gain, th = n.v_th, p = n.shape, lowest = bar(n);
+  const float hard = n.hard ? 1.f : 0.f, soft = n.hard ? 0.f : n.drop;
+  const float *__restrict a = seg.a + i, *__restrict b = seg.b + i;
+  const float *__restrict ra = seg.ra + i, *__restrict rb = seg.rb + i;
+  float v[LANES] = {}, elig[LANES] = {}, fired[LANES] = {}, drive[LANES] = {}, rho[LANES];
+  std::fill(rho, rho + LANES, gain);
+  for (int64_t t = 0; t < T; ++t) {
+    const float* __restrict y = seg.y + t * seg.stride_y + i;
+    const float* __restrict r = REST == NONE ? nullptr : seg.rest + t * seg.stride + i;
+    float* __restrict s = out.s + t * seg.stride + i;
 #pragma omp simd
-  for (int64_t i = 0; i < length; ++i) {
-    const float d = slope<KIND>(h[i] - th, p);
-    rate[i] += s[i];
-    drive[i] += y[i];
-    elig[i] += d * rho[i];
-    rho[i] = gain + decay * kept<HARD, DETACH>(h[i], s[i], d, drop) * rho[i];
+    for (int j = 0; j < LANES; ++j) {
+      float x = y[j] * a[j] + b[j];
+      if (REST == PLAIN) x = x + r[j];
+      if (REST == NORMED) x = x + (r[j] * ra[j] + rb[j]);
+      const float h = decay * v[j] + gain * x, f = spike(h - th, lowest);
+      s[j] = f;
+      v[j] = h - f * (hard * h + soft);
+      if (!MEANS) continue;
+      const float d = slope<KIND>(h - th, p);
+      float keep = 1.f - hard * f;
+      if (!DETACH) keep = keep - (hard * h + soft) * d;
+      fired[j] += f;
+      drive[j] += y[j];
+      elig[j] += d * rho[j];
+      rho[j] = gain + decay * keep * rho[j];
+    }
   }
+  if (!MEANS) return;
+  const float share = 1.f / static_cast<float>(T);
+  for (int j = 0; j < LANES; ++j) {
+    out.rate[i + j] = fired[j] * share;
+    out.elig[i + j] = elig[j] * share;
+  }
+  if (!out.xhat) return;
+  const float *__restrict mu = seg.mu + i, *__restrict rstd = seg.rstd + i;
+  for (int j = 0; j < LANES; ++j) out.xhat[i + j] = (drive[j] * share - mu[j]) * rstd[j];
 }
 
-void fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C, float* s,
-          int64_t threads) {
+template <int KIND, Rest REST, bool DETACH>
+void onward(const Neuron& n, const Segment& seg, const Made& out, int64_t T) {
+  int64_t i = 0;
+  for (; i + LANES <= seg.length; i += LANES)
+    onward_<KIND, REST, DETACH, LANES>(n, seg, out, T, i);
+  for (; i < seg.length; ++i) onward_<KIND, REST, DETACH, 1>(n, seg, out, T, i);
+}
+
+template <int KIND>
+auto onward_for(const Neuron& n, Rest rest) {
+  return n.detach ? (rest == NONE ? onward<KIND, NONE, true> : onward<KIND, PLAIN, true>)
+                  : (rest == NONE ? onward<KIND, NONE, false> : onward<KIND, PLAIN, false>);
+}
+
+// Spikes, and time-means where they are wanted, of the input's normalisation to mean and rstd.
+void fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C, const float* mean,
+          const float* rstd, const Made& out, int64_t threads) {
   const Walk w(M, C);
   const Scales by(in, w);
+  const auto mu = tiled(mean, w, 0.f), rs = tiled(rstd, w, 1.f);
+  const Rest rest = kind_of(in);
+  const auto one = !out.rate ? (rest == NONE    ? onward<NO_MEANS, NONE, true>
+                                : rest == PLAIN ? onward<NO_MEANS, PLAIN, true>
+                                                : onward<NO_MEANS, NORMED, true>)
+                   : n.surrogate == 0 ? onward_for<0>(n, rest)
+                   : n.surrogate == 1 ? onward_for<1>(n, rest)
+                   : n.surrogate == 2 ? onward_for<2>(n, rest)
+                   : n.surrogate == 3 ? onward_for<3>(n, rest)
+                                      : onward_for<4>(n, rest);
   parallel(threads, w.count, [&](int64_t, int64_t begin, int64_t end) {
-    float v[WIDTH], h[WIDTH];
-    int64_t offset, channel, length;
-    for (int64_t seg = begin; seg < end; ++seg) {
-      w.at(seg, offset, channel, length);
-      std::fill(v, v + length, 0.f);
-      for (int64_t t = 0; t < T; ++t)
-        step(in, n, by, t, offset, channel, length, v, h, s + t * in.stride + offset);
+    int64_t at, channel, length;
+    for (int64_t i = begin; i < end; ++i) {
+      w.at(i, at, channel, length);
+      Segment seg{};
+      seg.y = in.y + at, seg.rest = in.rest ? in.rest + at : nullptr;
+      seg.a = &by.a[channel], seg.b = &by.b[channel];
+      seg.ra = &by.ra[channel], seg.rb = &by.rb[channel];
+      seg.mu = &mu[channel], seg.rstd = &rs[channel];
+      seg.stride_y = in.stride_y, seg.stride = in.stride, seg.length = length;
+      const auto from = [at](float* whole) { return whole ? whole + at : nullptr; };
+      one(n, seg, {from(out.s), from(out.rate), from(out.elig), from(out.xhat)}, T);
     }
   });
 }
@@ -424,7 +489,7 @@ void backward(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C,
       const Segment seg{in.y + offset, in.rest ? in.rest + offset : nullptr, out.g + offset,
                         out.g2 ? out.g2 + offset : silent.data(), &by.a[channel], &by.b[channel],
                         &by.ra[channel], &by.rb[channel], &mean[channel], &rmean[channel],
-                        in.stride_y, in.stride, out.g2 ? in.stride : 0, place ? in.stride : 0,
+                        nullptr, in.stride_y, in.stride, out.g2 ? in.stride : 0, place ? in.stride : 0,
                         length, place ? place + offset : unused.data(),
                         once ? out.gy + offset : summed.data(), totals};
       back ? back(n, seg) : walked.back(in, n, by, seg, T, offset, channel);
@@ -460,42 +525,6 @@ void backward(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C,
         centre(out.grest + at, in.rest + at, &by.ra[channel], &rmean[channel],
                &of_rest.k0[channel], &of_rest.k1[channel], length, out.grest + at);
       }
-    }
-  });
-}
-
-struct Rates {
-  const float *mean, *rstd;
-  float *s, *rate, *elig, *xhat;
-};
-
-void rate_fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C, const Rates& out,
-               int64_t threads) {
-  const Walk w(M, C);
-  const Scales by(in, w);
-  const auto mean = tiled(out.mean, w, 0.f), rstd = tiled(out.rstd, w, 1.f);
-  const float share = 1.f / static_cast<float>(T);
-  const auto means = PICK(means_, n);
-  parallel(threads, w.count, [&](int64_t, int64_t begin, int64_t end) {
-    float v[WIDTH], h[WIDTH], rho[WIDTH], elig[WIDTH], rate[WIDTH], drive[WIDTH];
-    int64_t offset, channel, length;
-    for (int64_t seg = begin; seg < end; ++seg) {
-      w.at(seg, offset, channel, length);
-      for (float* zero : {v, elig, rate, drive}) std::fill(zero, zero + length, 0.f);
-      std::fill(rho, rho + length, n.gain);
-      for (int64_t t = 0; t < T; ++t) {
-        float* s = out.s + t * in.stride + offset;
-        step(in, n, by, t, offset, channel, length, v, h, s);
-        means(n, h, s, in.y + t * in.stride_y + offset, length, rho, elig, rate, drive);
-      }
-      const float *mu = &mean[channel], *rs = &rstd[channel];
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) {
-        out.rate[offset + i] = rate[i] * share;
-        out.elig[offset + i] = elig[i] * share;
-      }
-      for (int64_t i = 0; out.xhat && i < length; ++i)
-        out.xhat[offset + i] = (drive[i] * share - mu[i]) * rs[i];
     }
   });
 }
@@ -624,7 +653,7 @@ void snn_fire(const float* y, const float* rest, const float* a, const float* b,
               const float* rb, int64_t stride_y, const Neuron* n, int64_t T, int64_t M, int64_t C,
               float* s, int64_t threads) {
   const Input in{y, rest, a, b, ra, rb, stride_y, M * C};
-  fire(in, *n, T, M, C, s, threads);
+  fire(in, *n, T, M, C, nullptr, nullptr, {s, nullptr, nullptr, nullptr}, threads);
 }
 
 void snn_backward(const float* g, const float* g2, const float* y, const float* rest,
@@ -643,8 +672,7 @@ void snn_rate_fire(const float* y, const float* rest, const float* a, const floa
                    int64_t T, int64_t M, int64_t C, float* s, float* rate, float* elig, float* xhat,
                    int64_t threads) {
   const Input in{y, rest, a, b, nullptr, nullptr, stride_y, M * C};
-  const Rates out{mean, rstd, s, rate, elig, xhat};
-  rate_fire(in, *n, T, M, C, out, threads);
+  fire(in, *n, T, M, C, mean, rstd, {s, rate, elig, xhat}, threads);
 }
 
 void snn_rate_backward(const float* g, const float* elig, const float* xhat, const float* a,

@@ -268,7 +268,15 @@ def _threads(elements: int) -> int:
 
 
 def _struct(neuron: LIF, decay: Tensor) -> Any:
-    value = decay.item() if neuron.learn_decay else neuron.decay
+    return _neuron(neuron, decay.item()) if neuron.learn_decay else _fixed(neuron)
+
+
+@cache
+def _fixed(neuron: LIF) -> Any:
+    return _neuron(neuron, neuron.decay)
+
+
+def _neuron(neuron: LIF, value: float) -> Any:
     shape = [v for k, v in vars(neuron.surrogate).items() if k != "name"]
     flags = (
         neuron.reset == "hard", neuron.detach_reset, neuron.strict,

@@ -109,9 +109,10 @@ class Carry(torch.autograd.Function):
 
 
 class Step(torch.autograd.Function):
-    """The rate of a layer: gradient times eligibility, then the Jacobian of BatchNorm of means.
+    """Spikes and rate: gradient times eligibility, then the Jacobian of the BatchNorm of means.
 
-    `back` does so on arrays [M, C] (M batch x pixels), as `step_backward`.
+    A gradient on any timestep of the spikes is one on the rate.  `back` works on arrays [M, C]
+    (M batch x pixels), as `step_backward`.
     """
 
     @staticmethod
@@ -123,22 +124,26 @@ class Step(torch.autograd.Function):
         bias: Tensor | None,
         found: Any,
         back: Any,
-    ) -> Tensor:
-        """The rate, as found."""
+    ) -> tuple[Tensor, Tensor]:
+        """Spikes and rate, as found."""
+        ctx.set_materialize_grads(False)
         ctx.back, ctx.rested = back, rest_B is not None
         ctx.dtypes = (c_B.dtype, None if rest_B is None else rest_B.dtype)
         affine = found.affine
         ctx.batch_stats = affine is not None and affine.batch_stats
         a = None if affine is None else affine.a
         ctx.save_for_backward(found.elig, found.xhat, a)
-        rate_B: Tensor = found.rate_B
-        return rate_B.view_as(rate_B)
+        return found.s_TB.view_as(found.s_TB), found.rate_B.view_as(found.rate_B)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of what `forward` was given."""
         refuse_second()
-        (g_B,), (elig, xhat, a) = grads, ctx.saved_tensors
+        (g_TB, g_B), (elig, xhat, a) = grads, ctx.saved_tensors
+        parts = [g for g in (g_B, None if g_TB is None else g_TB.sum(0)) if g is not None]
+        if not parts:
+            return (None,) * 6
+        g_B = sum(parts[1:], start=parts[0])
         gc, gz, gweight, gbias = ctx.back(pixels(g_B), elig, xhat, a, ctx.rested, ctx.batch_stats)
         gc_B = unpixels(gc, g_B.shape).to(ctx.dtypes[0])
         grest_B = None if gz is None else unpixels(gz, g_B.shape).to(ctx.dtypes[1])

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from snnbench.kernels import rates
 from snnbench.methods.base import Method
-from snnbench.models.layer import Layer, Network, frames, normed, over_time, parts_of
+from snnbench.models.layer import Layer, Network, applied, frames, normed, over_time, parts_of
 from snnbench.neurons import LIF, wide
 from snnbench.training import group
 
@@ -213,7 +213,7 @@ def both(
         elif isinstance(part, nn.Conv2d | nn.Linear):
             rate_B = kernel.linear(part, rate_B, value_TB, last and i + 1 == len(parts))
         else:
-            rate_B = over_time(part, rate_B[None])[0]
+            rate_B = applied(part, rate_B)
     return value_TB, rate_B
 
 

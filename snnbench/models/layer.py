@@ -27,10 +27,15 @@ Apply = Callable[[nn.Module, Tensor], Tensor]
 
 def over_time(module: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
     """Apply a stateless module to all timesteps at once: [T, B, ...] -> [T, B, ...]."""
+    out = applied(module, x_TB.flatten(0, 1))
+    return out.view(*x_TB.shape[:2], *out.shape[1:])
+
+
+def applied(module: Callable[[Tensor], Tensor], x_B: Tensor) -> Tensor:
+    """Apply a stateless module to a batch, keeping no more of it than its gradient needs."""
     average = isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d)
     with shapes_only() if average else nullcontext():
-        out_TB: Tensor = module(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
-    return out_TB
+        return module(x_B)
 
 
 def shapes_only() -> torch.autograd.graph.saved_tensors_hooks:
