@@ -35,7 +35,7 @@ from snnbench.methods import contract, grad_scale
 from snnbench.methods.bptt import BPTT
 from snnbench.methods.rate import Rate, spikes_and_eligibility
 from snnbench.models.convnet import ConvNet
-from snnbench.models.layer import Layer, TdBatchNorm2d
+from snnbench.models.layer import Layer, TdBatchNorm2d, over_time
 from snnbench.models.mlp import MLP
 from snnbench.models.resnet import ResNet18, SEWResNet18
 from snnbench.models.vgg import VGG11
@@ -57,7 +57,7 @@ CASES = [
         "reset": reset,
         "detach": detach,
         "T": (1, 2, 4, 7, 16)[i % 5],
-        "C": (1, 5, 16, 33, 300)[i // 2 % 5],
+        "C": (1, 5, 16, 33, 80, 300)[i // 2 % 6],
         "side": (1, 3, 4)[i % 3],
         "norm": (None, "bn", "eval", "td")[i % 4],
         "rest": i % 3 == 1,
@@ -793,6 +793,28 @@ def test_no_compiler_is_said_and_not_fatal(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(OSError, match=r"no C\+\+ compiler"):
         native.library.__wrapped__()
+
+
+def test_an_average_that_learns_keeps_what_its_gradient_needs():
+    class Scaled(torch.nn.AvgPool2d):
+        def __init__(self):
+            super().__init__(2)
+            self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, input):
+            return super().forward(self.scale * input)
+
+    pool, x_TB = Scaled(), torch.arange(32.0).reshape(2, 1, 1, 4, 4)
+    over_time(pool, x_TB).sum().backward()
+    assert pool.scale.grad == x_TB.sum() / 4
+
+
+@needs_native
+def test_a_normalisation_of_one_value_is_refused_as_torch_does():
+    norm, neuron = torch.nn.BatchNorm2d(3), LIF()
+    for kernel in (Reference(), Kernel("native", native)):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            kernel.fire(neuron, torch.ones(1, 1, 3, 1, 1), norm, None, 1)
 
 
 def test_a_compiler_that_fails_is_said_with_its_complaint(monkeypatch, tmp_path):

@@ -171,8 +171,11 @@ class Kernel(Reference):
         weight, bias = wide(weight), wide(bias)
         weight = weight * scale if scale != 1.0 else weight
         batch_stats = norm.training or norm.running_mean is None
+        count = T * y_TB.shape[1:].numel() // norm.num_features
+        if batch_stats and count == 1:
+            raise ValueError("BatchNorm: expected more than 1 value per channel when training")
         with torch.no_grad():
-            y, count = cells(y_TB), T * y_TB.shape[1:].numel() // norm.num_features
+            y = cells(y_TB)
             if self.complete and _all_wide(norm):
                 share = counted(norm) if norm.training else 0.0
                 running = norm.running_mean, norm.running_var

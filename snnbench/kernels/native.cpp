@@ -355,9 +355,10 @@ struct Made {
 constexpr int NO_MEANS = -1;  // in place of a surrogate
 constexpr int LANES = 64;     // elements that go through all timesteps together
 
-// LANES elements, from i on; rho is the sensitivity of v_pre to the currents.
-template <int KIND, Rest REST, bool DETACH, int LANES>
+// LANES elements, or all that are left, from i on; rho is the sensitivity of v_pre to the currents.
+template <int KIND, Rest REST, bool DETACH, bool WHOLE>
 void onward_(const Neuron& n, const Segment& seg, const Made& out, int64_t T, int64_t i) {
+  const int length = WHOLE ? LANES : static_cast<int>(seg.length - i);
   constexpr bool MEANS = KIND != NO_MEANS;
   const float decay = n.decay, gain = n.gain, th = n.v_th, p = n.shape, lowest = bar(n);
   const float hard = n.hard ? 1.f : 0.f, soft = n.hard ? 0.f : n.drop;
@@ -370,7 +371,7 @@ void onward_(const Neuron& n, const Segment& seg, const Made& out, int64_t T, in
     const float* __restrict r = REST == NONE ? nullptr : seg.rest + t * seg.stride + i;
     float* __restrict s = out.s + t * seg.stride + i;
 #pragma omp simd
-    for (int j = 0; j < LANES; ++j) {
+    for (int j = 0; j < length; ++j) {
       float x = y[j] * a[j] + b[j];
       if (REST == PLAIN) x = x + r[j];
       if (REST == NORMED) x = x + (r[j] * ra[j] + rb[j]);
@@ -389,21 +390,20 @@ void onward_(const Neuron& n, const Segment& seg, const Made& out, int64_t T, in
   }
   if (!MEANS) return;
   const float share = 1.f / static_cast<float>(T);
-  for (int j = 0; j < LANES; ++j) {
+  for (int j = 0; j < length; ++j) {
     out.rate[i + j] = fired[j] * share;
     out.elig[i + j] = elig[j] * share;
   }
   if (!out.xhat) return;
   const float *__restrict mu = seg.mu + i, *__restrict rstd = seg.rstd + i;
-  for (int j = 0; j < LANES; ++j) out.xhat[i + j] = (drive[j] * share - mu[j]) * rstd[j];
+  for (int j = 0; j < length; ++j) out.xhat[i + j] = (drive[j] * share - mu[j]) * rstd[j];
 }
 
 template <int KIND, Rest REST, bool DETACH>
 void onward(const Neuron& n, const Segment& seg, const Made& out, int64_t T) {
   int64_t i = 0;
-  for (; i + LANES <= seg.length; i += LANES)
-    onward_<KIND, REST, DETACH, LANES>(n, seg, out, T, i);
-  for (; i < seg.length; ++i) onward_<KIND, REST, DETACH, 1>(n, seg, out, T, i);
+  for (; i + LANES <= seg.length; i += LANES) onward_<KIND, REST, DETACH, true>(n, seg, out, T, i);
+  if (i < seg.length) onward_<KIND, REST, DETACH, false>(n, seg, out, T, i);
 }
 
 template <int KIND>
@@ -461,9 +461,9 @@ struct Share {
   }
 };
 
-void centre(const float* __restrict G, const float* __restrict z, const float* __restrict a,
+void centre(const float* G, const float* __restrict z, const float* __restrict a,
             const float* __restrict mu, const float* __restrict k0, const float* __restrict k1,
-            int64_t length, float* gz) {  // gz may be G
+            int64_t length, float* gz) {  // gz may be G: element i is read before it is written
 #pragma omp simd
   for (int64_t i = 0; i < length; ++i) gz[i] = a[i] * (G[i] - k0[i] - (z[i] - mu[i]) * k1[i]);
 }
@@ -512,7 +512,6 @@ void backward(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C,
   const float* from = in.rest && !once ? out.grest : out.gy;
   parallel(threads, w.count, [&](int64_t, int64_t begin, int64_t end) {
     int64_t offset, channel, length;
-    // From the end, which the pass above has left in the cache.
     for (int64_t seg = begin; seg < end; ++seg) {
       w.at(seg, offset, channel, length);
       for (int64_t t = 0; t < Ty; ++t) {
