@@ -132,6 +132,8 @@ class _Work:
         self._total, self._begun = len(self._pending), 0
         self._active: list[tuple[Planned, Attempt]] = []
         self._elsewhere: list[Planned] = []
+        self._given_up: dict[str, Attempt] = {}  # by us; a node that is gone may seem to have them
+        self._cancelled: set[str] = set()
         self._watch = lease.Watch()
         self._cancel = cancel
         # Results that are to be done again; another command may be faster at that.
@@ -194,7 +196,10 @@ class _Work:
             if claimed is None:
                 self._elsewhere.append(planned)
                 return
-            if self._done_meanwhile(planned, folder):
+            given_up = self._given_up.pop(planned.run_id, None)
+            if given_up is not None:  # nobody has it after all; a result that is there stays
+                given_up.finish()
+            if given_up is not None or self._done_meanwhile(planned, folder):
                 claimed.release()
                 self._ended(planned, folder)
                 return
@@ -242,6 +247,8 @@ class _Work:
             elif attempt.lost:
                 self._listener.warn(f"{planned.run_id}: another machine has taken it over")
                 self._elsewhere.append(planned)
+                if attempt.outcome is not None:
+                    self._given_up[planned.run_id] = attempt
             else:
                 self._ended(planned, attempt.folder)
 
@@ -278,12 +285,14 @@ class _Work:
             if run_id is None:
                 self.outcome.interrupted = True
                 self._end("cancelled", grace_s=GRACE_S)
-            self._pending = deque(p for p in self._pending if p.run_id != run_id)
-            self._elsewhere = [p for p in self._elsewhere if p.run_id != run_id]
+            else:
+                self._cancelled.add(run_id)
             for planned, attempt in self._active:
                 if planned.run_id == run_id:
                     attempt.stop("cancelled", GRACE_S)
-        elsewhere, self._elsewhere = self._elsewhere, []
+        self._pending = deque(p for p in self._pending if p.run_id not in self._cancelled)
+        elsewhere = [p for p in self._elsewhere if p.run_id not in self._cancelled]
+        self._elsewhere = []
         for planned in elsewhere:
             folder = self._plan.folder.run(planned.run_id)
             if self._done_meanwhile(planned, folder):

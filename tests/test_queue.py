@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,17 @@ from snnbench.executors import queue
 from snnbench.executors.local import LocalExecutor
 from snnbench.executors.slurm import SlurmExecutor
 from snnbench.planner import Planned
-from snnbench.runs import overview
+from snnbench.runs import lease, overview
 from snnbench.runs.policy import RunPolicy, SlurmOptions
 from snnbench.runs.publish import publish_json
 from snnbench.runs.stopping import AskedToStop, Cancel, Interrupts
 from snnbench.spec import RunSpec, TrainConfig
 from snnbench.store import RunFolder, SuiteFolder
+
+SPEC = RunSpec(
+    dataset="digits", data={}, model="mlp", model_options={}, method="bptt", method_config={},
+    neuron={}, T=2, seed=0, train=TrainConfig(epochs=1),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -124,14 +130,79 @@ class Remote:
         self.interrupts.count += 1
 
 
+class Vanishing:
+    """A cluster whose node claims the run, and vanishes with it."""
+
+    remote, alive, from_outside = True, False, True
+    batch = staticmethod(contextlib.nullcontext)
+
+    def __init__(self, folder: SuiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch, self.begun, self.held = folder, monkeypatch, 0, False
+
+    def room(self, devices: int) -> bool:
+        return True
+
+    def attached(self, folder: RunFolder) -> bool:
+        return False
+
+    def submit(self, run: RunFolder, *_: Any) -> Vanishing:
+        self.begun += 1
+        with self.monkeypatch.context() as elsewhere:
+            elsewhere.setattr(lease, "_place", lambda: "another boot of another machine")
+            claimed = lease.claim(self.folder.leases(run.run_id), lease.Watch(), TTL_S)
+            assert claimed or self.begun > 1
+        return self
+
+    def messages(self, wait_s: float = 0.0) -> list[Any]:
+        return []
+
+    def death(self) -> str:
+        return "NODE_FAIL"
+
+    def close(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def wait(self, *_: Any) -> None:
+        time.sleep(0.05)
+
+
+TTL_S = 0.5
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_run_whose_nodes_vanish_is_given_up(tmp_path: Path, monkeypatch, cancelled: bool):
+    """Its lease was never given back: whether anybody has it is known when that has run out."""
+    monkeypatch.setattr(runner, "OTHERS_S", 0.0)
+    folder, run = SuiteFolder(tmp_path / "s"), SPEC.run_id
+    ended: list[str] = []
+    listener = SimpleNamespace(
+        started=lambda *_: None, message=lambda *_: None, warn=lambda _: None,
+        ended=lambda planned, row: ended.append(row["status"]),
+    )  # fmt: skip
+    tables = SimpleNamespace(
+        write_if_due=lambda: None, read=lambda folder: folder.result() | {"seed": 0}
+    )
+    suite = SimpleNamespace(run=RunPolicy(retries=2, lease_s=TTL_S))
+    plan = SimpleNamespace(folder=folder, suite=suite, todo=[Planned(SPEC, run, "missing", True)])
+    cluster = Vanishing(folder, monkeypatch)
+    cancel = SimpleNamespace(asked=lambda: [run] if cancelled and cluster.begun == 3 else [])
+    work = runner._Work(plan, cluster, {}, listener, tables, None, cancel)
+    work.do(Interrupts())
+    assert cluster.begun == 3
+    if cancelled:
+        assert (ended, folder.run(run).result()) == ([], None)
+    else:
+        assert ended == ["failed"]
+        assert folder.run(run).result()["reason"] == "NODE_FAIL, 3 times (run.retries)"
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_after_ctrl_c_jobs_go_on_and_none_is_submitted(tmp_path: Path, before: bool):
     folder = SuiteFolder(tmp_path / "s")
-    spec = RunSpec(
-        dataset="digits", data={}, model="mlp", model_options={}, method="bptt", method_config={},
-        neuron={}, T=2, seed=0, train=TrainConfig(epochs=1),
-    )  # fmt: skip
-    specs = [replace(spec, seed=seed) for seed in (0, 1)]
+    specs = [replace(SPEC, seed=seed) for seed in (0, 1)]
     planned = [Planned(s, s.run_id, "missing", True) for s in specs]
     plan = SimpleNamespace(folder=folder, todo=planned, suite=SimpleNamespace(run=RunPolicy()))
     listener, tables = (

@@ -14,7 +14,7 @@ from typing import Any
 from snnbench import registry
 from snnbench.errors import WorkerError
 from snnbench.executors.base import Executor, Handle
-from snnbench.runs.lease import Lease, holder
+from snnbench.runs.lease import Lease, held
 from snnbench.runs.policy import RunPolicy
 from snnbench.spec import SCHEMA, RunSpec
 from snnbench.store import RunFolder, SuiteFolder
@@ -24,7 +24,8 @@ class Attempt:
     """A run in progress. `begin` starts it, `poll` takes in what happened and is True at the end.
 
     `storage` then says why its folder could not be written, `stopped` that it was ended on
-    demand, and `lost` that another process has taken the run over.
+    demand, and `lost` that another process has taken the run over, or seems to have: if it has
+    not after all, `outcome` is what `finish` is to write.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Attempt:
         self._deadline: float | None = None
         self.storage: str | None = None
         self.stopped = self.lost = False
+        self.outcome: tuple[str, str] | None = None
 
     def begin(self) -> None:
         """Start a process for the run."""
@@ -156,7 +158,7 @@ class Attempt:
             return True
         if self._asked_to_stop is not None or not self.handle.from_outside:
             suite = SuiteFolder(self.folder.path.parents[1])
-            self.lost = holder(suite.leases(self.folder.run_id)) is not None
+            self.lost = held(suite.leases(self.folder.run_id)) is not None
             self.stopped = not self.lost
             return True
         return self._killed_from_outside()
@@ -187,11 +189,18 @@ class Attempt:
         """The outcome of a run that left no result, unless somebody else has the run by now."""
         if self.lease is None:  # a node may have it again
             suite = SuiteFolder(self.folder.path.parents[1])
-            self.lost = holder(suite.leases(self.folder.run_id)) is not None
+            self.lost = held(suite.leases(self.folder.run_id)) is not None
         else:
             self.lost = not self.lease.holds()
-        if self.lost:
-            return True
+        self.outcome = (status, reason)
+        if not self.lost:
+            self.finish()
+        return True
+
+    def finish(self) -> None:
+        """Write the outcome down."""
+        assert self.outcome is not None
+        status, reason = self.outcome
         self.folder.finish(
             {
                 "schema": SCHEMA,
@@ -202,4 +211,3 @@ class Attempt:
                 "reason": reason,
             }
         )
-        return True

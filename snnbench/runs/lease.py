@@ -172,18 +172,24 @@ def read(folder: Path, token: int) -> dict[str, Any] | None:
         return None
 
 
+def held(folder: Path) -> dict[str, Any] | None:
+    """The lease that counts, unless it was given back or its process of this machine is gone."""
+    newest = newest_token(folder)
+    content = read(folder, newest) if newest else None
+    return None if content is None or content["released"] or _gone(content) else content
+
+
 def holder(folder: Path) -> str | None:
     """`pid on host` of whoever seems to work on the run, for people to read; else None.
 
     Between machines this goes by the file's age, and so by their clocks: it decides nothing.
     """
-    newest = newest_token(folder)
-    content = read(folder, newest) if newest else None
-    if content is None or content["released"] or _gone(content):
+    content = held(folder)
+    if content is None:
         return None
     if _place() != content["place"]:
         with contextlib.suppress(OSError):
-            age = time.time() - (folder / str(newest)).stat().st_mtime
+            age = time.time() - (folder / str(content["token"])).stat().st_mtime
             if age > 2 * content["ttl_s"]:
                 return None
     return f"{content['pid']} on {content['host']}"

@@ -41,7 +41,7 @@ class RunPolicy:
     heartbeat_s: Annotated[float, Gt(0)] = 1800.0
     stop_after_same_failures: Annotated[int, Ge(0)] = 3
     oom_retry: OomRetry = field(default_factory=OomRetry)
-    lease_s: Annotated[float, Gt(0)] = 60.0
+    lease_s: Annotated[float, Ge(1)] = 60.0
     checkpoint_s: Annotated[float, Ge(0)] = 60.0
 
 
