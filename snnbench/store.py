@@ -45,14 +45,12 @@ Status = Literal[
 ENDED: tuple[Status, ...] = ("done", "oom", "timeout", "diverged", "failed", "skipped")
 FAILURES: tuple[Status, ...] = ("oom", "timeout", "diverged", "failed")
 
-
 _NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "epoch": {"epoch": int},
     "exit": {"wall_s": (int, float)},
     "interrupted": {"reason": str},
     "oom_retry": {"batch_split": int, "reason": str},
 }
-
 
 NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]{0,127}")
 
@@ -317,19 +315,21 @@ class SuiteFolder:
         return self.path / "slurm"
 
     def leases(self, run_id: str) -> Path:
-        """Who works on a run."""
-        return self.path / "leases" / _safe(run_id)
+        """Who works on a run; raises ResultsError as `run`."""
+        return self._inside("leases", run_id)
 
     def run(self, run_id: str) -> RunFolder:
         """The folder of a run, whether it exists or not.
 
         Raises ResultsError for a name or a link that leads out of the suite's folder.
         """
-        path = self.path / "runs" / _safe(run_id)
-        for part in (path, path.parent, self.path):
-            if part.is_symlink():
-                raise ResultsError(f"{part}: a link in place of a folder; it could lead anywhere")
-        return RunFolder(path)
+        return RunFolder(self._inside("runs", run_id))
+
+    def _inside(self, kind: str, run_id: str) -> Path:
+        path = self.path / kind / _safe(run_id)
+        if linked := [p for p in (path, path.parent, self.path) if p.is_symlink()]:
+            raise ResultsError(f"{linked[0]}: a link in place of a folder; it could lead anywhere")
+        return path
 
     def run_ids(self) -> list[str]:
         """Names of all folders of runs, in order; whoever meddles here can add others."""

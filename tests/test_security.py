@@ -20,6 +20,7 @@ from snnbench.executors import queue
 from snnbench.runs.overview import log_of
 from snnbench.runs.policy import SlurmOptions
 from snnbench.runs.progress import Ledger
+from snnbench.runs.publish import read_end
 from snnbench.spec import RunSpec, TrainConfig
 from snnbench.store import RunFolder, SuiteFolder
 
@@ -60,6 +61,26 @@ def test_a_link_in_place_of_a_folder_is_refused(tmp_path: Path, place: str) -> N
     with pytest.raises(ResultsError, match="a link in place of a folder"):
         SuiteFolder(tmp_path / "s").run("a")
     assert list(outside.iterdir()) == []
+
+
+def test_linked_leases_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "s" / "leases").symlink_to(tmp_path / "outside")
+    with pytest.raises(ResultsError, match="a link in place of a folder"):
+        SuiteFolder(tmp_path / "s").leases("a")
+
+
+def test_a_linked_log_is_not_read(tmp_path: Path) -> None:
+    suite = SuiteFolder(tmp_path / "s")
+    run = suite.run("a")
+    run.create(SPEC)
+    secret = tmp_path / "secret"
+    secret.write_text("a secret")
+    assert read_end(secret, 100) == "a secret"
+    run.log.symlink_to(secret)
+    assert read_end(run.log, 100) == ""
+    assert log_of(suite, run, 10) == {}
 
 
 def test_linked_runs_are_not_listed(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from snnbench.report import columns, content, plots
 from snnbench.report.findings import ACROSS_COLUMNS
 from snnbench.report.published import PUBLISHED_COLUMNS
 from snnbench.report.source import Source
+from snnbench.runs.publish import read_end
 from snnbench.stats import Estimate
 from snnbench.store import RunFolder
 
@@ -266,14 +267,9 @@ def _machine(folder: RunFolder, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tail(folder: RunFolder) -> str:
     """The end of the log; empty where none was kept."""
-    try:
-        with folder.log.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - LOG_BYTES))
-            text = file.read().decode("utf-8", "replace").strip()
-    except OSError:
-        return ""
-    return f"...{text[text.find(chr(10)) :]}" if size > LOG_BYTES else text
+    text = read_end(folder.log, LOG_BYTES + 1)
+    whole = len(text.encode()) <= LOG_BYTES
+    return text.strip() if whole else f"...{text[text.find(chr(10)) :].rstrip()}"
 
 
 def _curves(source: Source, count: int) -> tuple[dict[Any, Any], dict[Any, int]]:

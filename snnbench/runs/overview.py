@@ -13,10 +13,12 @@ from snnbench.errors import ResultsError
 from snnbench.executors import queue
 from snnbench.runs import lease
 from snnbench.runs.progress import Ledger, run_state
+from snnbench.runs.publish import read_end
 from snnbench.runs.stopping import ask_to_cancel
 from snnbench.spec import did_you_mean
 from snnbench.store import RunFolder, SuiteFolder
 
+LOG_BYTES = 1 << 20  # the end of a log
 GOING_ON = ("running", "queued")
 
 
@@ -125,10 +127,7 @@ def log_of(suite: SuiteFolder, folder: RunFolder, lines: int) -> dict[Path, str]
         files += sorted(suite.jobs.glob(f"{job}_*_log.*"))
     found = {}
     for file in files:
-        try:
-            text = file.read_bytes().decode("utf-8", "replace")
-        except OSError:
-            continue
+        text = read_end(file, LOG_BYTES)
         if text.strip():
             found[file] = "\n".join(_plain(line) for line in text.splitlines()[-lines:])
     return found
