@@ -348,7 +348,8 @@ class EngineNews:
         if message.get("event") != "engine":
             return []
         line = "{device}, kernel {kernel}, {precision}; {allocator}".format(**message)
-        lost = [f"a faster kernel is not used: {why}" for why in message["passed_over"]]
+        why = "; ".join(message["passed_over"])
+        lost = [f"a faster kernel is not used: {why}"] if why else []
         new = [(text, text != line) for text in (line, *lost) if text not in self._said]
         self._said |= {text for text, _ in new}
         return new
