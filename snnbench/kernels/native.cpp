@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -153,22 +154,53 @@ enum Rest { NONE, PLAIN, NORMED };
 
 Rest kind_of(const Input& in) { return !in.rest ? NONE : in.ra ? NORMED : PLAIN; }
 
+template <Rest REST>
+inline float current(float y, float r, float a, float b, float ra, float rb) {
+  float x = y * a + b;
+  if (REST == PLAIN) x = x + r;
+  if (REST == NORMED) x = x + (r * ra + rb);
+  return x;
+}
+
+// v = v_pre - f (hard v_pre + soft), given a spike f; its derivative has the surrogate's slope d too
+// unless the reset is detached.
+struct Reset {
+  float hard, soft, through_hard, through_soft;
+  explicit Reset(const Neuron& n)
+      : hard(n.hard ? 1.f : 0.f), soft(n.hard ? 0.f : n.drop),
+        through_hard(n.detach ? 0.f : hard), through_soft(n.detach ? 0.f : soft) {}
+  float after(float v_pre, float f) const { return v_pre - f * (hard * v_pre + soft); }
+  template <bool DETACH>  // known when it is compiled, which is faster, or false
+  float kept(float v_pre, float f, float d) const {
+    const float keep = 1.f - hard * f;
+    return DETACH ? keep : keep - (through_hard * v_pre + through_soft) * d;
+  }
+};
+
+// What f makes of the neuron's surrogate as a constant: loops know it when they are compiled.
+template <class F>
+auto with_surrogate(const Neuron& n, F&& f) {
+  return n.surrogate == 0   ? f(std::integral_constant<int, 0>())
+         : n.surrogate == 1 ? f(std::integral_constant<int, 1>())
+         : n.surrogate == 2 ? f(std::integral_constant<int, 2>())
+         : n.surrogate == 3 ? f(std::integral_constant<int, 3>())
+                            : f(std::integral_constant<int, 4>());
+}
+
 // One timestep of a segment: v_pre into `h`, spikes into `s`, the membrane `v` moves on.
-template <bool HARD, Rest REST>
+template <Rest REST>
 void step_(const Neuron& n, const float* __restrict y, const float* __restrict r,
            const float* __restrict a, const float* __restrict b, const float* __restrict ra,
            const float* __restrict rb, int64_t length, float* __restrict v, float* __restrict h,
            float* __restrict s) {
-  const float decay = n.decay, gain = n.gain, th = n.v_th, drop = n.drop, lowest = bar(n);
+  const float decay = n.decay, gain = n.gain, th = n.v_th, lowest = bar(n);
+  const Reset reset(n);
 #pragma omp simd
   for (int64_t i = 0; i < length; ++i) {
-    float x = y[i] * a[i] + b[i];
-    if (REST == PLAIN) x = x + r[i];
-    if (REST == NORMED) x = x + (r[i] * ra[i] + rb[i]);
-    const float v_pre = decay * v[i] + gain * x, f = spike(v_pre - th, lowest);
-    h[i] = v_pre;
-    s[i] = f;
-    v[i] = HARD ? v_pre * (1.f - f) : v_pre - drop * f;
+    const float x = current<REST>(y[i], REST == NONE ? 0.f : r[i], a[i], b[i], ra[i], rb[i]);
+    h[i] = decay * v[i] + gain * x;
+    s[i] = spike(h[i] - th, lowest);
+    v[i] = reset.after(h[i], s[i]);
   }
 }
 
@@ -176,31 +208,10 @@ void step(const Input& in, const Neuron& n, const Scales& by, int64_t t, int64_t
           int64_t channel, int64_t length, float* v, float* h, float* s) {
   const float* y = in.y + t * in.stride_y + offset;
   const float* r = in.rest ? in.rest + t * in.stride + offset : nullptr;
-  const float *a = &by.a[channel], *b = &by.b[channel];
-  const float *ra = &by.ra[channel], *rb = &by.rb[channel];
-  const auto one = n.hard ? (!r ? step_<true, NONE> : in.ra ? step_<true, NORMED>
-                                                            : step_<true, PLAIN>)
-                          : (!r ? step_<false, NONE> : in.ra ? step_<false, NORMED>
-                                                             : step_<false, PLAIN>);
-  one(n, y, r, a, b, ra, rb, length, v, h, s);
+  const Rest rest = kind_of(in);
+  const auto one = rest == NONE ? step_<NONE> : rest == PLAIN ? step_<PLAIN> : step_<NORMED>;
+  one(n, y, r, &by.a[channel], &by.b[channel], &by.ra[channel], &by.rb[channel], length, v, h, s);
 }
-
-// dv / dv_pre of the reset, given a spike f and a slope d.
-template <bool HARD, bool DETACH>
-inline float kept(float v_pre, float f, float d, float drop) {
-  float keep = HARD ? 1.f - f : 1.f;
-  if (!DETACH) keep = keep - (HARD ? v_pre : drop) * d;
-  return keep;
-}
-
-// The instance for a neuron: loops know the surrogate and the reset when they are compiled.
-#define PICK(F, n) \
-  ((n).surrogate == 0 ? PICK_RESET(F, 0, n) : (n).surrogate == 1 ? PICK_RESET(F, 1, n) \
-   : (n).surrogate == 2 ? PICK_RESET(F, 2, n) : (n).surrogate == 3 ? PICK_RESET(F, 3, n) \
-                                              : PICK_RESET(F, 4, n))
-#define PICK_RESET(F, KIND, n) \
-  ((n).hard ? ((n).detach ? F<KIND, true, true> : F<KIND, true, false>) \
-            : ((n).detach ? F<KIND, false, true> : F<KIND, false, false>))
 
 struct Grads {
   const float *g, *g2, *mean, *rstd, *rmean, *rrstd;
@@ -226,9 +237,7 @@ struct Segment {
 template <int KIND, Rest REST, int T>
 void back_T(const Neuron& n, const Segment& seg) {
   const float decay = n.decay, gain = n.gain, th = n.v_th, p = n.shape, lowest = bar(n);
-  // Reset: v = v_pre - f (hard v_pre + soft); its derivative has the surrogate's part if it is let.
-  const float hard = n.hard ? 1.f : 0.f, soft = n.hard ? 0.f : n.drop;
-  const float through_v = n.detach ? 0.f : hard, through = n.detach ? 0.f : soft;
+  const Reset reset(n);
   const float *__restrict y = seg.y, *__restrict r = seg.rest, *__restrict g = seg.g;
   const float *__restrict g2 = seg.g2, *__restrict a = seg.a, *__restrict b = seg.b;
   const float *__restrict ra = seg.ra, *__restrict rb = seg.rb, *__restrict mu = seg.mu;
@@ -244,17 +253,14 @@ void back_T(const Neuron& n, const Segment& seg) {
     for (int t = 0; t < T; ++t) {
       y_[t] = y[t * sy + i];
       r_[t] = REST == NONE ? 0.f : r[t * st + i];
-      float x = y_[t] * a[i] + b[i];
-      if (REST == PLAIN) x = x + r_[t];
-      if (REST == NORMED) x = x + (r_[t] * ra[i] + rb[i]);
-      h[t] = decay * v + gain * x;
-      v = h[t] - spike(h[t] - th, lowest) * (hard * h[t] + soft);
+      h[t] = decay * v + gain * current<REST>(y_[t], r_[t], a[i], b[i], ra[i], rb[i]);
+      v = reset.after(h[t], spike(h[t] - th, lowest));
     }
 #pragma GCC unroll 8
     for (int t = T - 1; t >= 0; --t) {
       const float d = slope<KIND>(h[t] - th, p);
       const float f = spike(h[t] - th, lowest);
-      const float keep = (1.f - hard * f) - (through_v * h[t] + through) * d;
+      const float keep = reset.kept<false>(h[t], f, d);
       const float now = (g[t * st + i] + g2[t * s2 + i]) * d + gv * keep, x = gain * now;
       gv = decay * now;
       to[t * so + i] = x;
@@ -283,25 +289,22 @@ constexpr auto back_for(Rest rest, int64_t T) {
 
 // The instance for a neuron and T, or null where there is none.
 auto back_for(const Neuron& n, Rest rest, int64_t T) {
-  return n.learn_decay        ? nullptr
-         : n.surrogate == 0 ? back_for<0>(rest, T)
-         : n.surrogate == 1 ? back_for<1>(rest, T)
-         : n.surrogate == 2 ? back_for<2>(rest, T)
-         : n.surrogate == 3 ? back_for<3>(rest, T)
-                            : back_for<4>(rest, T);
+  const auto of = [&](auto kind) { return back_for<decltype(kind)::value>(rest, T); };
+  return n.learn_decay ? nullptr : with_surrogate(n, of);
 }
 
 // One timestep back: the gradient gx of the input current, and sums of it.
-template <int KIND, bool HARD, bool DETACH>
+template <int KIND>
 void back_(const Neuron& n, const float* __restrict h, const float* __restrict s,
            const float* __restrict g, const float* __restrict g2, const float* __restrict y,
            const float* __restrict mu, int64_t length, float* __restrict gv, float* __restrict gx,
            float* __restrict sum_g, float* __restrict sum_gx) {
-  const float decay = n.decay, gain = n.gain, th = n.v_th, drop = n.drop, p = n.shape;
+  const float decay = n.decay, gain = n.gain, th = n.v_th, p = n.shape;
+  const Reset reset(n);
 #pragma omp simd
   for (int64_t i = 0; i < length; ++i) {
     const float d = slope<KIND>(h[i] - th, p);
-    const float now = (g[i] + g2[i]) * d + gv[i] * kept<HARD, DETACH>(h[i], s[i], d, drop);
+    const float now = (g[i] + g2[i]) * d + gv[i] * reset.kept<false>(h[i], s[i], d);
     const float x = gain * now;
     gv[i] = decay * now;
     gx[i] = x;
@@ -324,7 +327,7 @@ struct Walked {
       std::copy(at, at + length, &v[t * WIDTH]);
     }
     std::fill(seg.sum, seg.sum + length, 0.f);
-    const auto one = PICK(back_, n);
+    const auto one = with_surrogate(n, [](auto kind) { return back_<decltype(kind)::value>; });
     for (int64_t t = T - 1; t >= 0; --t) {
       const float* y = seg.y + t * seg.stride_y;
       const float* r = seg.rest ? seg.rest + t * seg.stride : nullptr;
@@ -361,7 +364,7 @@ void onward_(const Neuron& n, const Segment& seg, const Made& out, int64_t T, in
   const int length = WHOLE ? LANES : static_cast<int>(seg.length - i);
   constexpr bool MEANS = KIND != NO_MEANS;
   const float decay = n.decay, gain = n.gain, th = n.v_th, p = n.shape, lowest = bar(n);
-  const float hard = n.hard ? 1.f : 0.f, soft = n.hard ? 0.f : n.drop;
+  const Reset reset(n);
   const float *__restrict a = seg.a + i, *__restrict b = seg.b + i;
   const float *__restrict ra = seg.ra + i, *__restrict rb = seg.rb + i;
   float v[LANES] = {}, elig[LANES] = {}, fired[LANES] = {}, drive[LANES] = {}, rho[LANES];
@@ -372,20 +375,16 @@ void onward_(const Neuron& n, const Segment& seg, const Made& out, int64_t T, in
     float* __restrict s = out.s + t * seg.stride + i;
 #pragma omp simd
     for (int j = 0; j < length; ++j) {
-      float x = y[j] * a[j] + b[j];
-      if (REST == PLAIN) x = x + r[j];
-      if (REST == NORMED) x = x + (r[j] * ra[j] + rb[j]);
+      const float x = current<REST>(y[j], REST == NONE ? 0.f : r[j], a[j], b[j], ra[j], rb[j]);
       const float h = decay * v[j] + gain * x, f = spike(h - th, lowest);
       s[j] = f;
-      v[j] = h - f * (hard * h + soft);
+      v[j] = reset.after(h, f);
       if (!MEANS) continue;
       const float d = slope<KIND>(h - th, p);
-      float keep = 1.f - hard * f;
-      if (!DETACH) keep = keep - (hard * h + soft) * d;
       fired[j] += f;
       drive[j] += y[j];
       elig[j] += d * rho[j];
-      rho[j] = gain + decay * keep * rho[j];
+      rho[j] = gain + decay * reset.kept<DETACH>(h, f, d) * rho[j];
     }
   }
   if (!MEANS) return;
@@ -419,14 +418,11 @@ void fire(const Input& in, const Neuron& n, int64_t T, int64_t M, int64_t C, con
   const Scales by(in, w);
   const auto mu = tiled(mean, w, 0.f), rs = tiled(rstd, w, 1.f);
   const Rest rest = kind_of(in);
-  const auto one = !out.rate ? (rest == NONE    ? onward<NO_MEANS, NONE, true>
-                                : rest == PLAIN ? onward<NO_MEANS, PLAIN, true>
-                                                : onward<NO_MEANS, NORMED, true>)
-                   : n.surrogate == 0 ? onward_for<0>(n, rest)
-                   : n.surrogate == 1 ? onward_for<1>(n, rest)
-                   : n.surrogate == 2 ? onward_for<2>(n, rest)
-                   : n.surrogate == 3 ? onward_for<3>(n, rest)
-                                      : onward_for<4>(n, rest);
+  const auto means = [&](auto kind) { return onward_for<decltype(kind)::value>(n, rest); };
+  const auto one = out.rate        ? with_surrogate(n, means)
+                   : rest == NONE  ? onward<NO_MEANS, NONE, true>
+                   : rest == PLAIN ? onward<NO_MEANS, PLAIN, true>
+                                   : onward<NO_MEANS, NORMED, true>;
   parallel(threads, w.count, [&](int64_t, int64_t begin, int64_t end) {
     int64_t at, channel, length;
     for (int64_t i = begin; i < end; ++i) {
