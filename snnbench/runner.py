@@ -245,10 +245,12 @@ class _Work:
             if attempt.storage:
                 self._fail(attempt.storage)
             elif attempt.lost:
-                self._listener.warn(f"{planned.run_id}: another machine has taken it over")
-                self._elsewhere.append(planned)
+                why = "another machine has taken it over"
                 if attempt.outcome is not None:
                     self._given_up[planned.run_id] = attempt
+                    why = f"{attempt.outcome[1]}; waiting until its lease has run out"
+                self._listener.warn(f"{planned.run_id}: {why}")
+                self._elsewhere.append(planned)
             else:
                 self._ended(planned, attempt.folder)
 
@@ -395,30 +397,3 @@ def check_method(name: str) -> list[dict[str, Any]]:
     if answer["errors"]:
         raise SuiteError("\n".join(answer["errors"]))
     return list(answer["checks"])
-
-
-def find_run(results: Path, run_id: str) -> tuple[SuiteFolder, RunFolder]:
-    """The run of that id, or of the only id that begins so; raises ResultsError."""
-    folders = [SuiteFolder(p) for p in sorted(results.iterdir())] if results.is_dir() else []
-    found = [(f, r) for f in folders for r in f.runs() if r.run_id.startswith(run_id)]
-    exact = [(f, r) for f, r in found if r.run_id == run_id]
-    if len(exact or found) == 1:
-        return (exact or found)[0]
-    if not found:
-        raise ResultsError(f"{results}: no run '{run_id}'; `snnbench plan SUITE` prints the ids")
-    names = ", ".join(r.run_id for _, r in found[:5])
-    raise ResultsError(
-        f"'{run_id}' fits {len(found)} runs: {names}{' ...' if len(found) > 5 else ''}"
-    )
-
-
-def run_details(folder: RunFolder) -> dict[str, Any]:
-    """Everything known of one run, as data."""
-    return {
-        "run_id": folder.run_id,
-        "folder": str(folder.path),
-        "status": folder.status(),
-        "spec": asdict(folder.spec()),
-        "result": folder.result(),
-        "epochs": folder.epochs(),
-    }

@@ -17,10 +17,9 @@ from conftest import Bench, write_suite
 import snnbench
 from snnbench.errors import ExitCode, ResultsError
 from snnbench.executors import queue
-from snnbench.runs.overview import log_of
+from snnbench.runs.overview import end_of, log_of
 from snnbench.runs.policy import SlurmOptions
 from snnbench.runs.progress import Ledger
-from snnbench.runs.publish import read_end
 from snnbench.spec import RunSpec, TrainConfig
 from snnbench.store import RunFolder, SuiteFolder
 
@@ -77,10 +76,19 @@ def test_a_linked_log_is_not_read(tmp_path: Path) -> None:
     run.create(SPEC)
     secret = tmp_path / "secret"
     secret.write_text("a secret")
-    assert read_end(secret, 100) == "a secret"
+    assert end_of(secret, 100) == "a secret"
     run.log.symlink_to(secret)
-    assert read_end(run.log, 100) == ""
+    assert end_of(run.log, 100) == ""
     assert log_of(suite, run, 10) == {}
+
+
+def test_the_end_of_a_log_begins_with_a_whole_line(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_bytes(b"first\n\xff second\nthird\n")
+    assert end_of(log, 21) == "first\n\ufffd second\nthird\n"
+    assert end_of(log, 17) == "...\n\ufffd second\nthird\n"
+    assert end_of(log, 3) == "...\nrd\n"
+    assert end_of(tmp_path / "absent", 10) == ""
 
 
 def test_linked_runs_are_not_listed(tmp_path: Path) -> None:

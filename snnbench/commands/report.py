@@ -209,12 +209,13 @@ def plot(
 
 def show(run_id: str, results: Results = Path("results"), as_json: Json = False) -> None:
     """Print everything known of one run; the beginning of its id is enough."""
-    from snnbench import console, runner
+    from snnbench import console
+    from snnbench.runs import overview
 
     log = ""
     try:
-        suite_folder, folder = runner.find_run(results, run_id)
-        details, log = runner.run_details(folder), f"; the log is {folder.log}"
+        suite_folder, folder = overview.find_run(results, run_id)
+        details, log = overview.run_details(folder), f"; the log is {folder.log}"
     except ResultsError:  # in a clone the tables were kept, and the run folders were not
         from snnbench.report import source
 

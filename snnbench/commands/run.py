@@ -253,10 +253,10 @@ def logs(
     results: Results = Path("results"),
 ) -> None:
     """Print what the process of a run printed; the beginning of its id is enough."""
-    from snnbench import console, runner
+    from snnbench import console
     from snnbench.runs import overview
 
-    suite_folder, folder = runner.find_run(results, run_id)
+    suite_folder, folder = overview.find_run(results, run_id)
     found = overview.log_of(suite_folder, folder, lines)
     for path, text in found.items():
         console.say(f"{path}:")

@@ -25,7 +25,7 @@ from snnbench.report import columns, content, plots
 from snnbench.report.findings import ACROSS_COLUMNS
 from snnbench.report.published import PUBLISHED_COLUMNS
 from snnbench.report.source import Source
-from snnbench.runs.publish import read_end
+from snnbench.runs.overview import end_of
 from snnbench.stats import Estimate
 from snnbench.store import RunFolder
 
@@ -224,7 +224,7 @@ def _details(source: Source, runs: pd.DataFrame) -> dict[str, Any]:
                 "curve": curves.get(key),
                 "every": every.get(key, 1),
                 "layers": layers.get(key),
-                "log": _tail(folder),
+                "log": end_of(folder.log, LOG_BYTES).strip(),
             }
         )
     return {
@@ -263,13 +263,6 @@ def _machine(folder: RunFolder, row: Mapping[str, Any]) -> dict[str, Any]:
         return machine
     names = ("machine_id", "device", "torch", "version")
     return {k: _plain(row[k]) for k in names}
-
-
-def _tail(folder: RunFolder) -> str:
-    """The end of the log; empty where none was kept."""
-    text = read_end(folder.log, LOG_BYTES + 1)
-    whole = len(text.encode()) <= LOG_BYTES
-    return text.strip() if whole else f"...{text[text.find(chr(10)) :].rstrip()}"
 
 
 def _curves(source: Source, count: int) -> tuple[dict[Any, Any], dict[Any, int]]:

@@ -1,11 +1,12 @@
-"""A suite from outside, while it runs or afterwards: its state, its logs, and how to end it."""
+"""A suite from outside, while it runs or afterwards: its runs, state, logs, and how to end it."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from snnbench.errors import ResultsError
 from snnbench.executors import queue
 from snnbench.runs import lease
 from snnbench.runs.progress import Ledger, run_state
-from snnbench.runs.publish import read_end
 from snnbench.runs.stopping import ask_to_cancel
 from snnbench.spec import did_you_mean
 from snnbench.store import RunFolder, SuiteFolder
@@ -119,6 +119,33 @@ def cancel(folder: SuiteFolder, wanted: Sequence[str], wait_s: float) -> list[st
     return [r for r in left if r not in jobs]
 
 
+def find_run(results: Path, run_id: str) -> tuple[SuiteFolder, RunFolder]:
+    """The run of that id, or of the only id that begins so; raises ResultsError."""
+    folders = [SuiteFolder(p) for p in sorted(results.iterdir())] if results.is_dir() else []
+    found = [(f, r) for f in folders for r in f.runs() if r.run_id.startswith(run_id)]
+    exact = [(f, r) for f, r in found if r.run_id == run_id]
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    if not found:
+        raise ResultsError(f"{results}: no run '{run_id}'; `snnbench plan SUITE` prints the ids")
+    names = ", ".join(r.run_id for _, r in found[:5])
+    raise ResultsError(
+        f"'{run_id}' fits {len(found)} runs: {names}{' ...' if len(found) > 5 else ''}"
+    )
+
+
+def run_details(folder: RunFolder) -> dict[str, Any]:
+    """Everything known of one run, as data."""
+    return {
+        "run_id": folder.run_id,
+        "folder": str(folder.path),
+        "status": folder.status(),
+        "spec": asdict(folder.spec()),
+        "result": folder.result(),
+        "epochs": folder.epochs(),
+    }
+
+
 def log_of(suite: SuiteFolder, folder: RunFolder, lines: int) -> dict[Path, str]:
     """The last lines of what the run's process printed, and of its cluster job, by file."""
     files = [folder.log]
@@ -127,10 +154,24 @@ def log_of(suite: SuiteFolder, folder: RunFolder, lines: int) -> dict[Path, str]
         files += sorted(suite.jobs.glob(f"{job}_*_log.*"))
     found = {}
     for file in files:
-        text = read_end(file, LOG_BYTES)
+        text = end_of(file, LOG_BYTES)
         if text.strip():
             found[file] = "\n".join(_plain(line) for line in text.splitlines()[-lines:])
     return found
+
+
+def end_of(file: Path, most: int) -> str:
+    """The last lines of a text, so many bytes at most; empty where there is none, or a link, which
+    could lead anywhere.
+    """
+    try:
+        with os.fdopen(os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as opened:
+            left_out = opened.seek(0, os.SEEK_END) > most
+            opened.seek(-most if left_out else 0, os.SEEK_END if left_out else os.SEEK_SET)
+            text = opened.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return f"...\n{text.partition(chr(10))[2] or text}" if left_out else text
 
 
 def _plain(line: str) -> str:

@@ -47,16 +47,6 @@ def publish(path: Path, write: Callable[[Path], object], only_first: bool = Fals
         return place(temporary, path, only_first)
 
 
-def read_end(file: Path, most: int) -> str:
-    """The last bytes of a text; empty where there is none, or a link that could lead anywhere."""
-    try:
-        with os.fdopen(os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as opened:
-            opened.seek(max(0, opened.seek(0, os.SEEK_END) - most))
-            return opened.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-
-
 def _place_first(temporary: Path, path: Path) -> bool:
     """Give the file its name unless that is taken, in one step."""
     try:
