@@ -248,7 +248,7 @@ class _Work:
                 why = "another machine has taken it over"
                 if attempt.outcome is not None:
                     self._given_up[planned.run_id] = attempt
-                    why = f"{attempt.outcome[1]}; waiting until its lease has run out"
+                    why = f"{attempt.outcome[1]}; waiting until nobody has its lease"
                 self._listener.warn(f"{planned.run_id}: {why}")
                 self._elsewhere.append(planned)
             else:

@@ -178,8 +178,9 @@ def test_a_run_whose_nodes_vanish_is_given_up(tmp_path: Path, monkeypatch, cance
     monkeypatch.setattr(runner, "OTHERS_S", 0.0)
     folder, run = SuiteFolder(tmp_path / "s"), SPEC.run_id
     ended: list[str] = []
+    warned: list[str] = []
     listener = SimpleNamespace(
-        started=lambda *_: None, message=lambda *_: None, warn=lambda _: None,
+        started=lambda *_: None, message=lambda *_: None, warn=warned.append,
         ended=lambda planned, row: ended.append(row["status"]),
     )  # fmt: skip
     tables = SimpleNamespace(
@@ -192,11 +193,14 @@ def test_a_run_whose_nodes_vanish_is_given_up(tmp_path: Path, monkeypatch, cance
     work = runner._Work(plan, cluster, {}, listener, tables, None, cancel)
     work.do(Interrupts())
     assert cluster.begun == 3
+    why = "NODE_FAIL, 3 times (run.retries)"
     if cancelled:
+        assert warned == [f"{run}: another machine has taken it over"]
         assert (ended, folder.run(run).result()) == ([], None)
     else:
+        assert warned == [f"{run}: {why}; waiting until nobody has its lease"]
         assert ended == ["failed"]
-        assert folder.run(run).result()["reason"] == "NODE_FAIL, 3 times (run.retries)"
+        assert folder.run(run).result()["reason"] == why
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -170,7 +170,7 @@ struct Reset {
       : hard(n.hard ? 1.f : 0.f), soft(n.hard ? 0.f : n.drop),
         through_hard(n.detach ? 0.f : hard), through_soft(n.detach ? 0.f : soft) {}
   float after(float v_pre, float f) const { return v_pre - f * (hard * v_pre + soft); }
-  template <bool DETACH>  // known when it is compiled, which is faster, or false
+  template <bool DETACH>  // true where the loop knows it when it is compiled, which is faster
   float kept(float v_pre, float f, float d) const {
     const float keep = 1.f - hard * f;
     return DETACH ? keep : keep - (through_hard * v_pre + through_soft) * d;
