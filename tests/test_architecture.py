@@ -87,6 +87,7 @@ ROWS = [
 SIDEWAYS = {
     ("machine", "spec"),
     *(("kernels.fused", f"kernels.{m}") for m in ("rates", "reference")),
+    ("kernels.reference", "kernels.rates"),
     ("kernels.rates", "kernels.pointwise"),
     *(("kernels.choice", f"kernels.{m}") for m in ("fused", "reference")),
     ("runner", "planner"),

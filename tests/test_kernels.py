@@ -505,6 +505,7 @@ NETS = {
     "vgg11": (VGG11, {"width": 1 / 16, "init": "kaiming"}),
     "vgg11_tdbn": (VGG11, {"width": 1 / 16, "init": "kaiming", "norm": "tdbn"}),
     "resnet18": (ResNet18, {"width": 1 / 16}),
+    "resnet18_tdbn": (ResNet18, {"width": 1 / 16, "norm": "tdbn"}),
     "sew": (SEWResNet18, {"width": 1 / 16, "stem": "cifar"}),
 }
 
@@ -530,6 +531,7 @@ def test_rate_without_a_second_forward_pass_is_rate(name, frozen):
     fast_loss, got = rate_gradients(net, x_TB, y, Kernel("native", native))
     torch.testing.assert_close(fast_loss, loss, atol=1e-6, rtol=1e-5)
     for parameter, grad in expected.items():
+        assert got[parameter] is not None, parameter
         error = (got[parameter] - grad).norm() / grad.norm().clamp_min(1e-3)
         assert error < 1e-3, (parameter, float(error))
 

@@ -26,22 +26,19 @@ With any other these are torch operations around the backend.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from snnbench.kernels import rates
-from snnbench.kernels.rates import cells, uncells, unpixels
+from snnbench.kernels.rates import Current, cells, uncells, unpixels
 from snnbench.kernels.reference import Reference
 from snnbench.neurons import LIF, ReLU, wide
 
 
-@dataclass(frozen=True)
-class Affine:
+class Affine(NamedTuple):
     """BatchNorm as it acts on one batch: x = a y + b, all [C] and fp32."""
 
     weight: Tensor  # with the gradient's path to the module's parameters
@@ -53,8 +50,7 @@ class Affine:
     batch_stats: bool
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """Spikes of a layer, and time-means: rate; eligibility and normalised input as [M, C]."""
 
     s_TB: Tensor
@@ -72,7 +68,6 @@ class Kernel(Reference):
         self.name, self.backend = name, backend
         self.complete = getattr(backend, "complete", False)
         self.most_T = getattr(backend, "MOST_T", math.inf)
-        self._rates, self._twins = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
     def fuses(self, neuron: LIF | ReLU | None, dtype: torch.dtype, T: int) -> bool:
         """Whether the backend computes these neurons in this dtype, over so many timesteps."""
@@ -97,12 +92,14 @@ class Kernel(Reference):
             rest_TB, rest_norm = normalised(rest_norm, rest_TB), None
         if norm is None and rest_TB is not None:
             y_TB, rest_TB = y_TB + rest_TB, None
-        affine = None if norm is None else self._affine(norm, y_TB, T)
+        y = cells(y_TB.detach())
+        affine = None if norm is None else self._affine(norm, y, T)
         by = None
         if rest_norm is not None:
             assert rest_TB is not None
-            by = self._affine(rest_norm, rest_TB, T)
-        plan = Plan(self.backend, neuron, T, affine, by, self.complete and torch.is_grad_enabled())
+            by = self._affine(rest_norm, cells(rest_TB.detach()), T)
+        twins = self.complete and torch.is_grad_enabled()
+        plan = Plan(self.backend, neuron, T, y, affine, by, twins)
         parameters = (None if of is None else (of.weight, of.bias) for of in (affine, by))
         (weight, bias), (rest_weight, rest_bias) = (pair or (None, None) for pair in parameters)
         decay = decay_of(neuron, y_TB.device)
@@ -110,18 +107,18 @@ class Kernel(Reference):
             plan, y_TB, weight, bias, rest_TB, decay, rest_weight, rest_bias
         )
         if twin_TB is not None:
-            self._twins[s_TB] = twin_TB
+            s_TB.twin_TB = twin_TB
         out_TB: Tensor = s_TB
         return out_TB
 
     def twin(self, x_TB: Tensor) -> Tensor:
         """The same spikes for their second user, whose gradient then needs no sum of its own."""
-        known: Tensor | None = self._twins.get(x_TB)
-        return x_TB if known is None else known
+        twin_TB: Tensor = getattr(x_TB, "twin_TB", x_TB)
+        return twin_TB
 
-    def linear(self, op: nn.Conv2d | nn.Linear, rate_B: Tensor, y_TB: Tensor, last: bool) -> Tensor:
-        """The map's output on the mean input, without computing it: see `rates.linear`."""
-        return rates.linear(op, rate_B, y_TB, last)
+    def linear(self, op: nn.Conv2d | nn.Linear, rate_B: Tensor, dtype: torch.dtype) -> Current:
+        """What a map makes of a mean input, without computing it."""
+        return rates.linear(op, rate_B, dtype)
 
     def rate_fire(
         self,
@@ -130,66 +127,63 @@ class Kernel(Reference):
         norm: nn.BatchNorm2d | None,
         rest_TB: Tensor | None,
         T: int,
-        c_B: Tensor,
+        c: Current,
         rest_B: Tensor | None,
     ) -> Tensor:
-        """Value of the spikes, gradient of the rate, which flows on through c_B and rest_B."""
+        """Value of the spikes, gradient of the rate, which flows on through c and rest_B.
+
+        y_TB and rest_TB are values without a gradient.
+        """
         self.steps[self.name] += 1
-        with torch.no_grad():
-            if norm is None and rest_TB is not None:
-                y_TB, rest_TB = y_TB + rest_TB, None
-            affine = None if norm is None else self._affine(norm, y_TB, T)
-            a, b, mean, rstd = _constants(affine)
-            rest = _rest(rest_TB, y_TB, T)
-            decay = decay_of(neuron, y_TB.device)
-            s, rate, elig, xhat = self.backend.rate_fire(
-                cells(y_TB), a, b, mean, rstd, rest, decay, neuron, T
-            )
-            shape = y_TB.shape[1:]
-            found = Rates(uncells(s, shape), unpixels(rate, shape), elig, xhat, affine)
+        if norm is None and rest_TB is not None:
+            y_TB, rest_TB = y_TB + rest_TB, None
+        y, rest, shape = cells(y_TB), _rest(rest_TB, y_TB, T), y_TB.shape[1:]
+        affine = None if norm is None else self._affine(norm, y, T)
+        constants, decay = _constants(affine), decay_of(neuron, y.device)
+        s, rate, elig, xhat = self.backend.rate_fire(y, *constants, rest, decay, neuron, T)
+        found = Rates(uncells(s, shape), unpixels(rate, shape), elig, xhat, affine)
         weight, bias = (None, None) if affine is None else (affine.weight, affine.bias)
         back = self.backend.rate_backward if self.complete else rates.step_backward
         s_TB: Tensor
-        s_TB, self._rates[s_TB] = rates.Step.apply(c_B, rest_B, weight, bias, found, back)
+        s_TB, rate_B = rates.Step.apply(*c, rest_B, weight, bias, found, back)
+        s_TB.rate_B = rate_B  # type: ignore[attr-defined]
         return s_TB
 
     def rate_of(self, x_TB: Tensor) -> Tensor:
         """The time-mean of an input; where a layer here sent it, without a gradient of length T."""
-        known: Tensor | None = self._rates.get(x_TB)
+        known: Tensor | None = getattr(x_TB, "rate_B", None)
         if known is None:
             return x_TB[0] if x_TB.stride(0) == 0 else x_TB.mean(0)
         return known
 
-    def _affine(self, norm: nn.BatchNorm2d, y_TB: Tensor, T: int) -> Affine:
-        """Statistics of the batch, which update the running ones; in evaluation the latter."""
-        scale = getattr(norm, "scale", 1.0)  # of tdBN
+    def _affine(self, norm: nn.BatchNorm2d, y: Tensor, T: int) -> Affine:
+        """Statistics of the batch y [Ty, M, C], which update the running ones; in evaluation the
+        latter.
+        """
+        scale = vars(norm).get("scale", 1.0)  # of tdBN
         weight: Tensor = norm.weight
         bias: Tensor = norm.bias
         if not norm.affine:
-            weight, bias = torch.ones(2, norm.num_features, device=y_TB.device)
+            weight, bias = torch.ones(2, norm.num_features, device=y.device)
             bias = bias - 1
         weight, bias = wide(weight), wide(bias)
         weight = weight * scale if scale != 1.0 else weight
-        batch_stats = norm.training or norm.running_mean is None
-        count = T * y_TB.shape[1:].numel() // norm.num_features
+        running = norm.running_mean, norm.running_var
+        batch_stats = norm.training or running[0] is None
+        count = T * y.shape[1]
         if batch_stats and count == 1:
             raise ValueError("BatchNorm: expected more than 1 value per channel when training")
         with torch.no_grad():
-            y = cells(y_TB)
-            if self.complete and _all_wide(norm):
+            if self.complete and all(map(_plain, running)):
                 share = counted(norm) if norm.training else 0.0
-                running = norm.running_mean, norm.running_var
                 a, b, mean, rstd = self.backend.affine(
                     y, weight, bias, running, norm.eps, share, count, batch_stats
                 ).unbind()
                 return Affine(weight, bias, a, b, mean, rstd, batch_stats)
-            if batch_stats:
-                mean, var = self.backend.stats(y)
-            else:
-                mean, var = norm.running_mean, norm.running_var
+            mean, var = self.backend.stats(y) if batch_stats else running
             assert mean is not None
             assert var is not None
-            if norm.training and norm.running_mean is not None:
+            if norm.training and running[0] is not None:
                 update_running(norm, mean, var, count)
             rstd = torch.rsqrt(wide(var) + norm.eps)
             a = weight * rstd
@@ -197,13 +191,13 @@ class Kernel(Reference):
             return Affine(weight, bias, a, b, wide(mean), rstd, batch_stats)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a layer step needs beside tensors of the graph; `rest` normalises what is added."""
 
     backend: Any
     neuron: LIF
     T: int
+    y: Tensor  # of the synapse, [Ty, M, C]
     affine: Affine | None
     rest: Affine | None
     twins: bool
@@ -217,17 +211,16 @@ def normalised(norm: nn.BatchNorm2d, x_TB: Tensor) -> Tensor:
 
 def counted(norm: nn.BatchNorm2d) -> float:
     """The share of one batch more in the running statistics; 0 where there are none."""
-    if norm.running_mean is None:
+    batches = norm.num_batches_tracked
+    if batches is None:
         return 0.0
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    return 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    batches.add_(1)
+    return 1 / float(batches) if norm.momentum is None else norm.momentum
 
 
-def _all_wide(norm: nn.BatchNorm2d) -> bool:
-    """Whether the running statistics are in fp32 and in one piece each, or there are none."""
-    found = (norm.running_mean, norm.running_var)
-    return all(x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in found)
+def _plain(x: Tensor | None) -> bool:
+    """Whether this is fp32 and in one piece, or nothing."""
+    return x is None or (x.dtype == torch.float32 and x.is_contiguous())
 
 
 def update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
@@ -278,7 +271,7 @@ class _Fire(torch.autograd.Function):
         rest_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         constants, rest_constants = _constants(plan.affine), _constants(plan.rest)
-        y = cells(y_TB)
+        y = plan.y
         rest = _rest(rest_TB, y_TB, plan.T)
         ctx.save_for_backward(y, rest, decay, *constants, *rest_constants)
         ctx.set_materialize_grads(False)

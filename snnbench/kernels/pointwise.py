@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VECTOR = 16
+_BACKWARD = torch.ops.aten.convolution_backward.default
 
 
 def unstrided(op: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -41,7 +42,7 @@ def conv_gradients(
 
     def backward(x: Tensor, stride: tuple[int, ...], wanted: Sequence[bool]) -> list[Tensor | None]:
         sizes = [op.out_channels] if wanted[2] else None
-        found: list[Tensor | None] = torch.ops.aten.convolution_backward(
+        found: list[Tensor | None] = _BACKWARD(
             g, x, weight, sizes, stride, op.padding, op.dilation, False, [0, 0], op.groups, wanted
         )
         return found

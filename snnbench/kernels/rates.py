@@ -6,7 +6,8 @@ the backward pass of one.  Shapes: T timesteps, B batch, C channels.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,53 @@ from snnbench.neurons import wide
 from snnbench.training import group
 
 
-def linear(op: nn.Conv2d | nn.Linear, rate_B: Tensor, y_TB: Tensor, last: bool) -> Tensor:
-    """The map's output on the mean input, given its outputs y_TB on all timesteps.
+class Current(NamedTuple):
+    """A mean input current: a map of rate_B that is not computed, since only its gradient counts.
 
-    With `last` nothing looks at the values, and they are left out.
+    Without a map it is rate_B itself.  Whoever uses it sends its gradient `back_through` the map.
     """
-    mean_B = y_TB.new_empty(1).expand(y_TB.shape[1:]) if last else y_TB.mean(0)
-    dtype = y_TB.dtype
+
+    rate_B: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    op: nn.Conv2d | nn.Linear | None = None
+
+    def having(self, value_TB: Tensor) -> Tensor:
+        """The current as a tensor, with the values of this time-mean."""
+        if self.op is None:
+            return self.rate_B
+        c_B: Tensor = _Mapped.apply(value_TB.mean(0), *self)
+        return c_B
+
+
+def straight_through(value_TB: Tensor, mean: Current) -> Tensor:
+    """Value of `value_TB`; its time-mean has the gradient of `mean`."""
+    out_TB: Tensor = _Carry.apply(value_TB, *mean)
+    return out_TB
+
+
+def linear(op: nn.Conv2d | nn.Linear, rate_B: Tensor, dtype: torch.dtype) -> Current:
+    """What the map makes of a mean input, in the dtype of its output on every timestep."""
     bias = None if op.bias is None else op.bias.to(dtype)
-    c_B: Tensor = _Linear.apply(rate_B.to(dtype), op.weight.to(dtype), bias, mean_B, op)
-    return c_B
+    return Current(rate_B.to(dtype), op.weight.to(dtype), bias, op)
+
+
+def back_through(
+    op: nn.Conv2d | nn.Linear | None,
+    g_B: Tensor,
+    wanted: Sequence[bool],
+    rate_B: Tensor,
+    weight: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a map's input, weight and bias as far as wanted, for that of its output."""
+    if op is None:
+        return g_B, None, None
+    if isinstance(op, nn.Conv2d):
+        return conv_gradients(op, rate_B, weight, g_B, wanted)
+    rows = g_B.flatten(0, -2)
+    grad_r = g_B @ weight if wanted[0] else None
+    grad_w = rows.T @ rate_B.flatten(0, -2) if wanted[1] else None
+    return grad_r, grad_w, rows.sum(0) if wanted[2] else None
 
 
 def refuse_second() -> None:
@@ -68,48 +106,53 @@ def unpixels(x: Tensor, shape: torch.Size) -> Tensor:
     return x.view(B, *sites, C).permute(0, len(shape) - 1, *range(1, len(shape) - 1))
 
 
-class _Linear(torch.autograd.Function):
-    """Backward of a convolution or linear map, for a forward that was done elsewhere."""
+class _Mapped(torch.autograd.Function):
+    """Values that were computed elsewhere, with the gradient of a map's output."""
 
     @staticmethod
     def forward(
-        ctx: Any, rate_B: Tensor, weight: Tensor, bias: Tensor | None, mean_B: Tensor, op: nn.Module
+        ctx: Any,
+        value_B: Tensor,
+        rate_B: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        op: nn.Module | None,
     ) -> Tensor:
-        ctx.save_for_backward(rate_B, weight)
-        ctx.op, ctx.biased = op, bias is not None
-        return mean_B.view_as(mean_B)
+        ctx.save_for_backward(*_kept(op, rate_B, weight))
+        ctx.op = op
+        return value_B.view_as(value_B)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second()
-        rate_B, weight = ctx.saved_tensors
-        (g_B,), op = grads, ctx.op
-        to_input, to_weight = ctx.needs_input_grad[:2]
-        if isinstance(op, nn.Conv2d):
-            wanted = [to_input, to_weight, ctx.biased]
-            return (*conv_gradients(op, rate_B, weight, g_B, wanted), None, None)
-        rows = g_B.flatten(0, -2)
-        grad_r = g_B @ weight if to_input else None
-        grad_w = rows.T @ rate_B.flatten(0, -2) if to_weight else None
-        return grad_r, grad_w, rows.sum(0) if ctx.biased else None, None, None
+        wanted = ctx.needs_input_grad[1:4]
+        return (None, *back_through(ctx.op, grads[0], wanted, *ctx.saved_tensors), None)
 
 
-class Carry(torch.autograd.Function):
-    """Value of the spikes; a gradient on any timestep is one on the rate."""
+class _Carry(torch.autograd.Function):
+    """Values of all timesteps; a gradient on any of them is one on the mean `Current`."""
 
     @staticmethod
-    def forward(ctx: Any, s_TB: Tensor, rate_B: Tensor) -> Tensor:
-        """The spikes."""
+    def forward(
+        ctx: Any,
+        s_TB: Tensor,
+        rate_B: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        op: nn.Module | None,
+    ) -> Tensor:
+        ctx.save_for_backward(*_kept(op, rate_B, weight))
+        ctx.op = op
         return s_TB.view_as(s_TB)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        """Gradients of what `forward` was given."""
-        return None, grads[0].sum(0)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g_B, wanted = grads[0].sum(0), ctx.needs_input_grad[1:4]
+        return (None, *back_through(ctx.op, g_B, wanted, *ctx.saved_tensors), None)
 
 
 class Step(torch.autograd.Function):
-    """Spikes and rate: gradient times eligibility, then the Jacobian of the BatchNorm of means.
+    """Spikes and rate: gradient times eligibility, the Jacobian of the BatchNorm of means, the map.
 
     A gradient on any timestep of the spikes is one on the rate.  `back` works on arrays [M, C]
     (M batch x pixels), as `step_backward`.
@@ -118,7 +161,10 @@ class Step(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        c_B: Tensor,
+        rate_B: Tensor,
+        op_weight: Tensor | None,
+        op_bias: Tensor | None,
+        op: nn.Module | None,
         rest_B: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -127,27 +173,37 @@ class Step(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Spikes and rate, as found."""
         ctx.set_materialize_grads(False)
-        ctx.back, ctx.rested = back, rest_B is not None
-        ctx.dtypes = (c_B.dtype, None if rest_B is None else rest_B.dtype)
+        ctx.op, ctx.back = op, back
+        ctx.dtypes = (rate_B.dtype, None if rest_B is None else rest_B.dtype)
         affine = found.affine
         ctx.batch_stats = affine is not None and affine.batch_stats
         a = None if affine is None else affine.a
-        ctx.save_for_backward(found.elig, found.xhat, a)
-        return found.s_TB.view_as(found.s_TB), found.rate_B.view_as(found.rate_B)
+        ctx.save_for_backward(found.elig, found.xhat, a, *_kept(op, rate_B, op_weight))
+        return found.s_TB, found.rate_B
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of what `forward` was given."""
         refuse_second()
-        (g_TB, g_B), (elig, xhat, a) = grads, ctx.saved_tensors
-        parts = [g for g in (g_B, None if g_TB is None else g_TB.sum(0)) if g is not None]
-        if not parts:
-            return (None,) * 6
-        g_B = sum(parts[1:], start=parts[0])
-        gc, gz, gweight, gbias = ctx.back(pixels(g_B), elig, xhat, a, ctx.rested, ctx.batch_stats)
-        gc_B = unpixels(gc, g_B.shape).to(ctx.dtypes[0])
-        grest_B = None if gz is None else unpixels(gz, g_B.shape).to(ctx.dtypes[1])
-        return gc_B, grest_B, gweight, gbias, None, None
+        (g_TB, g_B), (elig, xhat, a, *kept) = grads, ctx.saved_tensors
+        if g_TB is not None:
+            g_B = g_TB.sum(0) if g_B is None else g_B + g_TB.sum(0)
+        if g_B is None:
+            return (None,) * 9
+        dtype, rest_dtype = ctx.dtypes
+        rested = rest_dtype is not None
+        gc, gz, gweight, gbias = ctx.back(pixels(g_B), elig, xhat, a, rested, ctx.batch_stats)
+        gc_B = unpixels(gc, g_B.shape).to(dtype)
+        grest_B = None if gz is None else unpixels(gz, g_B.shape).to(rest_dtype)
+        of_map = back_through(ctx.op, gc_B, ctx.needs_input_grad[:3], *kept)
+        return *of_map, None, grest_B, gweight, gbias, None, None
+
+
+def _kept(
+    op: nn.Module | None, rate_B: Tensor, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the gradient of a map needs; nothing where there is none."""
+    return (None, None) if op is None else (rate_B, weight)
 
 
 def step_backward(

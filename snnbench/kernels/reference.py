@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnbench.kernels.rates import Current
 from snnbench.neurons import LIF, ReLU
 
 source = "plain torch, one autograd node per operation and timestep"
@@ -40,10 +41,9 @@ class Reference:
         """The time-mean of an input."""
         return x_TB.mean(0)
 
-    def linear(self, op: nn.Conv2d | nn.Linear, rate_B: Tensor, y_TB: Tensor, last: bool) -> Tensor:
-        """The map's output on a mean input; `y_TB` are its outputs on all timesteps."""
-        out_B: Tensor = op(rate_B)
-        return out_B
+    def linear(self, op: nn.Conv2d | nn.Linear, rate_B: Tensor, dtype: torch.dtype) -> Current:
+        """What a map makes of a mean input; of any other input it gave an output of this dtype."""
+        return Current(op(rate_B))
 
     def fire(
         self,

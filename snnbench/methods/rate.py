@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snnbench.kernels import rates
+from snnbench.kernels.rates import Current, MeanNorm, straight_through
 from snnbench.methods.base import Method
 from snnbench.models.layer import Layer, Network, applied, frames, normed, over_time, parts_of
 from snnbench.neurons import LIF, wide
@@ -67,29 +67,35 @@ class Rate(Method):
         T = len(x_TB[0])
         if not kernel.fuses(layer.physics, x_TB[0].dtype, T):
             return self._run_plain(layer, *x_TB)
-        parts, norm = normed(layer.synapses[0])
-        y_TB, c_B = both(parts, x_TB[0], kernel, last=norm is not None)
-        rest_TB, rest_B = self._sum(layer.synapses[1:], x_TB[1:], kernel)
-        s_TB: Tensor = kernel.rate_fire(layer.neuron, y_TB, norm, rest_TB, T, c_B, rest_B)
+        first, *rest = layer.synapses
+        parts, norm = normed(first)
+        y_TB, c = both(parts, x_TB[0], kernel)
+        rest_TB, rest_B = None, None
+        if rest:
+            rest_TB, c_rest = self._sum(rest, x_TB[1:], kernel)
+            rest_B = c_rest.having(rest_TB[:1])
+        s_TB: Tensor = kernel.rate_fire(layer.neuron, y_TB, norm, rest_TB, T, c, rest_B)
         return s_TB
 
     def _run_plain(self, layer: Layer, *x_TB: Tensor) -> Tensor:
-        c_TB, c_B = self._sum(layer.synapses, x_TB, layer.kernel)
-        assert c_TB is not None
+        c_TB, c = self._sum(layer.synapses, x_TB, layer.kernel)
         c_TB = c_TB.expand(len(x_TB[0]), *c_TB.shape[1:])
         if layer.physics is None:
-            return straight_through(c_TB, c_B)
+            return straight_through(c_TB, c)
         s_TB, elig = spikes_and_eligibility(layer.neuron, c_TB)
-        return straight_through(s_TB, elig * c_B)
+        return straight_through(s_TB, Current(elig * c.having(c_TB[:1])))
 
     @staticmethod
-    def _sum(synapses: Iterable[nn.Module], x_TB: tuple[Tensor, ...], kernel: Any) -> Any:
-        """Summed currents of the synapses, and what carries their gradient; None for none."""
-        pairs = [both(parts_of(f), x, kernel, True) for f, x in zip(synapses, x_TB, strict=True)]
-        if not pairs:
-            return None, None
-        first, *rest = pairs
-        return sum((v for v, _ in rest), start=first[0]), sum((r for _, r in rest), start=first[1])
+    def _sum(
+        synapses: Iterable[nn.Module], x_TB: tuple[Tensor, ...], kernel: Any
+    ) -> tuple[Tensor, Current]:
+        """Summed currents of the synapses, and what carries their gradient."""
+        pairs = [both(parts_of(f), x, kernel) for f, x in zip(synapses, x_TB, strict=True)]
+        if len(pairs) == 1:
+            return pairs[0]
+        values_TB = [value_TB for value_TB, _ in pairs]
+        means_B = [c.having(value_TB[:1]) for value_TB, c in pairs]  # nobody looks at their values
+        return sum(values_TB[1:], start=values_TB[0]), Current(sum(means_B[1:], start=means_B[0]))
 
     def backward(self, net: Network, x_TB: Tensor, target: Tensor, progress: float) -> Tensor:
         """Fill `.grad`; in single-step mode the whole network runs T times, then once on means."""
@@ -107,7 +113,7 @@ class Rate(Method):
 
         with torch.no_grad():
             value_TBK = torch.cat([net(x_B[None], spike) for x_B in x_TB])
-        logits_TBK = straight_through(value_TBK, net(x_TB.mean(0)[None], rate)[0])
+        logits_TBK = straight_through(value_TBK, Current(net(x_TB.mean(0)[None], rate)[0]))
         loss = self.loss(self.readout(logits_TBK, progress), target, progress)
         self.amplify(self.loss_scale(len(x_TB)) * loss).backward()
         return loss.detach()
@@ -153,7 +159,8 @@ class _Running:
         c_B = sum(c[1:], start=c[0])
         if self.layer.neuron is None:
             return c_B[None]
-        return straight_through((self.spikes / self.T)[None], self.elig / self.T * c_B)
+        mean_B = Current(self.elig / self.T * c_B)
+        return straight_through((self.spikes / self.T)[None], mean_B)
 
     def _rate_synapse(self, synapse: nn.Module, r_B: Tensor) -> Tensor:
         for part in parts_of(synapse):
@@ -164,12 +171,6 @@ class _Running:
             else:
                 r_B = part(r_B)
         return r_B
-
-
-def straight_through(value_TB: Tensor, rate_B: Tensor) -> Tensor:
-    """Value of `value_TB`; its time-mean has the gradient of `rate_B`."""
-    out_TB: Tensor = rates.Carry.apply(value_TB, rate_B)
-    return out_TB
 
 
 @torch.no_grad()
@@ -188,33 +189,32 @@ def spikes_and_eligibility(neuron: LIF, c_TB: Tensor) -> tuple[Tensor, Tensor]:
     return s_TB, elig / len(s_T)
 
 
-def both(
-    parts: list[nn.Module], x_TB: Tensor, kernel: Any, last: bool = False
-) -> tuple[Tensor, Tensor]:
+def both(parts: list[nn.Module], x_TB: Tensor, kernel: Any) -> tuple[Tensor, Current]:
     """Output of the modules on every timestep, without gradient, and on the mean input, with.
 
-    A kernel that knows the maps' backward passes alone spares the forward pass on the mean; with
-    `last` the values of the mean's output are not needed.
+    A kernel that knows the maps' backward passes alone spares the forward pass on the mean.
     """
-    value_TB = frames(x_TB.detach())
-    rate_B = kernel.rate_of(x_TB)
+    values_TB = [frames(x_TB.detach())]
+    with torch.no_grad():
+        for i, part in enumerate(parts):
+            value_TB = values_TB[-1]
+            still = len(value_TB) == 1 and any(isinstance(p, nn.MaxPool2d) for p in parts[i:])
+            if isinstance(part, nn.BatchNorm2d):  # counts every timestep
+                values_TB[-1] = value_TB = value_TB.expand(len(x_TB), *value_TB.shape[1:])
+            elif isinstance(part, nn.MaxPool2d) and len(value_TB) > 1:
+                raise ValueError("max pooling of input that varies in time has no rate gradient")
+            value_TB = over_time(part, value_TB)
+            values_TB.append(value_TB[:1] if still else value_TB)
+    c = Current(kernel.rate_of(x_TB))
     for i, part in enumerate(parts):
-        if isinstance(part, nn.MaxPool2d) and len(value_TB) > 1:
-            raise ValueError("max pooling of input that varies in time has no rate gradient")
-        still = len(value_TB) == 1 and any(isinstance(p, nn.MaxPool2d) for p in parts[i:])
-        if isinstance(part, nn.BatchNorm2d):
-            value_TB = value_TB.expand(len(x_TB), *value_TB.shape[1:])  # counts every timestep
-        before_TB = value_TB
-        with torch.no_grad():
-            value_TB = over_time(part, before_TB)
-        value_TB = value_TB[:1] if still else value_TB
+        rate_B = c.having(values_TB[i])
         if isinstance(part, nn.BatchNorm2d) and part.training:
-            rate_B = rate_batch_norm(part, before_TB, rate_B)
+            c = Current(rate_batch_norm(part, values_TB[i], rate_B))
         elif isinstance(part, nn.Conv2d | nn.Linear):
-            rate_B = kernel.linear(part, rate_B, value_TB, last and i + 1 == len(parts))
+            c = kernel.linear(part, rate_B, values_TB[i + 1].dtype)
         else:
-            rate_B = applied(part, rate_B)
-    return value_TB, rate_B
+            c = Current(applied(part, rate_B))
+    return values_TB[-1], c
 
 
 def rate_batch_norm(bn: nn.BatchNorm2d, c_TB: Tensor, c_B: Tensor) -> Tensor:
@@ -236,5 +236,5 @@ def _statistics(c_B: Tensor) -> tuple[Tensor, Tensor]:
 def _normalise(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, c_B: Tensor) -> Tensor:
     """Normalised c_B: the statistics' values as given, their gradients those of c_B."""
     weight = bn.weight * getattr(bn, "scale", 1.0)
-    normed: Tensor = rates.MeanNorm.apply(c_B, weight, bn.bias, mean, var, bn.eps)
+    normed: Tensor = MeanNorm.apply(c_B, weight, bn.bias, mean, var, bn.eps)
     return normed

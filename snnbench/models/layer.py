@@ -81,9 +81,10 @@ class Layer(nn.Module):
         """
         if self.physics is None:
             return self.current(*x_TB, apply=apply)
-        (parts, norm), T = normed(self.synapses[0]), len(x_TB[0])
+        first, *others = self.synapses
+        (parts, norm), T = normed(first), len(x_TB[0])
         y_TB = through(parts, frames(x_TB[0]), apply)
-        rest_TB, rest_norm = self._rest(x_TB[1:], apply)
+        rest_TB, rest_norm = self._rest(others, x_TB[1:], apply)
         # A method's own way through the weights may round otherwise than the recipe would; and a
         # norm that is not fused would count a batch twice.
         again = apply is over_time and not any(isinstance(p, nn.BatchNorm2d) for p in parts)
@@ -95,14 +96,14 @@ class Layer(nn.Module):
         return s_TB
 
     def _rest(
-        self, x_TB: tuple[Tensor, ...], apply: Apply
+        self, synapses: list[nn.Module], x_TB: tuple[Tensor, ...], apply: Apply
     ) -> tuple[Tensor | None, nn.BatchNorm2d | None]:
         """What the synapses after the first add, and a BatchNorm that is still to be applied."""
         inputs = [self.kernel.twin(x) for x in x_TB]
-        if len(inputs) == len(self.synapses) - 1 == 1:
-            parts, norm = normed(self.synapses[1])
+        if len(inputs) == len(synapses) == 1:
+            parts, norm = normed(synapses[0])
             return through(parts, inputs[0], apply), norm
-        rest = [through(f, x, apply) for f, x in zip(self.synapses[1:], inputs, strict=True)]
+        rest = [through(f, x, apply) for f, x in zip(synapses, inputs, strict=True)]
         return (sum(rest[1:], start=rest[0]) if rest else None), None
 
     def current(self, *x_TB: Tensor, apply: Apply = over_time) -> Tensor:
