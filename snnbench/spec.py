@@ -71,7 +71,8 @@ class TrainConfig:
 
     `batch_size` is that of one update: it is shared out over `devices`, and taken in
     `batch_split` parts whose gradients are averaged (each part has its own BatchNorm statistics).
-    `deterministic` makes CUDA kernels bit-reproducible, and slower.
+    `deterministic` makes CUDA kernels bit-reproducible, and slower; `graph` replays forward and
+    backward of a step as one CUDA graph.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -94,9 +95,12 @@ class TrainConfig:
     devices: Annotated[int, Ge(1)] = 1
     batch_split: Annotated[int, Ge(1)] = 1
     deterministic: bool = False
+    graph: bool = False
 
     def __post_init__(self) -> None:
         for name in ("devices", "batch_split"):
+            if self.graph and getattr(self, name) > 1:
+                raise ValueError(f"graph = true holds one whole step: leave {name} at 1")
             if self.batch_size % getattr(self, name):
                 raise ValueError(
                     f"{name} = {getattr(self, name)}: batch_size = {self.batch_size} cannot be "
@@ -178,6 +182,7 @@ ADDED: dict[tuple[str, ...], Any] = {
     ("train", "devices"): 1,
     ("train", "batch_split"): 1,
     ("train", "deterministic"): False,
+    ("train", "graph"): False,
 }
 
 

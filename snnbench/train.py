@@ -33,7 +33,7 @@ from snnbench.training.evaluate import (
     compare_gradients,
     count_spikes,
 )
-from snnbench.training.job import Job, Step, prepare, train_step, warm_up
+from snnbench.training.job import Job, Step, prepare, record_steps, shares, train_step, warm_up
 from snnbench.training.recipe import Phase, learning_rate, make_optimizer, phases
 
 WARM_UP_STEPS = 2
@@ -71,6 +71,8 @@ def train(job: Job) -> dict[str, Any]:
     warm_up_s = time.perf_counter() - began
 
     at = begin(job, train_split)
+    if job.spec.train.graph:
+        warm_up_s += record(job, at, train_split)
     state = at.state
     if state["epoch"] == state["step"] == 0:
         measure_fidelity(job, train_split, at)
@@ -99,12 +101,14 @@ def train(job: Job) -> dict[str, Any]:
     nulls |= metrics.pop("nulls", {})
     if at.joules.doubt:
         nulls["energy_measured_j"] = at.joules.doubt
+    parts = shares(state["parts_ms"], job.engine, nulls)
     timing = timing_warning(quartiles(state["step_ms"]), job.device)
     if len(state["places"]) > 1:
         timing = f"done in several places, one after another: {'; '.join(state['places'])}"
     return {
         **metrics,
         **summary(state, first=at.plan[-1].first),
+        **parts,
         **job.engine.describe(),
         "energy_measured_j": None if at.joules.doubt else state["joules"],
         "timing_warning": timing,
@@ -141,6 +145,16 @@ def begin(job: Job, split: Split) -> Progress:
     clock, joules = StepClock(job.device), Joules(job.device, why=job.shared)
     joules.resume(*state["energy"])
     return Progress(plan, trainable, optimizer, clock, joules, state)
+
+
+def record(job: Job, at: Progress, split: Split) -> float:
+    """Record a step at every T of the plan, which changes nothing; seconds that it took."""
+    began, seed = time.perf_counter(), job.spec.seed
+    size = min(job.spec.train.batch_size, len(split))
+    feed = batches(job.data, split, epoch_order(seed, 0, len(split)), size, seed, 0)
+    record_steps(job, at.trainable, *next(feed), {phase.T for phase in at.plan})
+    synchronize(job.device)
+    return time.perf_counter() - began
 
 
 def save(job: Job, at: Progress) -> None:
@@ -313,7 +327,6 @@ def summary(state: dict[str, Any], first: int = 0) -> dict[str, Any]:
     history = state["history"]
     evaluated = [e for e in history if e["test_acc"] is not None and e["epoch"] > first]
     by_val = max(evaluated, key=lambda e: e["val_acc"])  # the first of equals
-    spent_ms = sum(state["parts_ms"].values())
     return {
         "test_acc": evaluated[-1]["test_acc"],
         "test_acc_best_val": by_val["test_acc"],
@@ -324,7 +337,6 @@ def summary(state: dict[str, Any], first: int = 0) -> dict[str, Any]:
         "eval_s": sum(e["eval_s"] for e in history),
         **quartiles(state["step_ms"]),
         "steps_timed": len(state["step_ms"]),
-        **{f"{part}_share": ms / spent_ms for part, ms in state["parts_ms"].items()},
     }
 
 

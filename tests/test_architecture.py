@@ -49,6 +49,7 @@ ROWS = [
             "machine",
             "peers.results",
             "training.group",
+            "training.graph",
             "runs.lease",
         ],
     ),

@@ -93,6 +93,7 @@ OTHER: dict[tuple[str, ...], Any] = {
     ("train", "devices"): 2,
     ("train", "batch_split"): 2,
     ("train", "deterministic"): True,
+    ("train", "graph"): True,
     ("measure", "gradient_fidelity"): {"every": 1},
 }
 OTHER = {path: value for path, value in OTHER.items() if path in paths(JSON)}

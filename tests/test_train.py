@@ -515,7 +515,6 @@ def test_selection_rules_by_hand(history, last, by_val, val_epoch, best):
         {
             "history": events,
             "step_ms": [1.0, 2.0, 3.0, 4.0, 10.0],
-            "parts_ms": {"data": 1, "forward": 3},
         }
     )
     assert got["test_acc"] == last
@@ -524,7 +523,12 @@ def test_selection_rules_by_hand(history, last, by_val, val_epoch, best):
     assert (got["train_s"], got["eval_s"]) == (len(history), 0.25 * len(history))
     assert [got[f"step_ms_p{p}"] for p in (25, 50, 75)] == [2.0, 3.0, 4.0]
     assert got["steps_timed"] == 5
-    assert (got["data_share"], got["forward_share"]) == (0.25, 0.75)
+
+
+def test_shares_of_the_parts_by_hand():
+    engine, nulls = make_job().engine, {}
+    got = job_module.shares({"data": 1.0, "forward": 3.0}, engine, nulls)
+    assert (got, nulls) == ({"data_share": 0.25, "forward_share": 0.75}, {})
 
 
 # --- resume -----------------------------------------------------------------------------------

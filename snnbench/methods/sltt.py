@@ -39,4 +39,5 @@ class SLTT(OnlineMethod):
 
     def drawn(self, T: int) -> set[int]:
         """k of the timesteps, or all."""
-        return set(torch.randperm(T)[: self.config.k].tolist())
+        k = self.config.k
+        return super().drawn(T) if k is None else set(torch.randperm(T)[:k].tolist())

@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cl": {"channels_last": True},
     "ma": {},
     "tc": {"compiled": True},
+    "cg": {"graph": True},
     **{precision: {"precision": precision} for precision in ("tf32", "fp16", "bf16")},
     **{level: {"memory": level} for level in ("balanced", "smallest")},
 }
@@ -117,7 +118,9 @@ def line_up(device: str) -> tuple[str, ...]:
     if device.partition(":")[0] == "cuda":  # the C library's memory is not what is used there
         names = [name.replace("+ma", "") for name in names]
         half = [f"{who}+cl+fp16" for who in ("floor:ann", "spikingjelly:multi", "ours:auto")]
+        half += [f"{who}+cg" for who in half]
         half += ["spikingjelly:multi+cl+tc+fp16", "ours:auto:rate+cl+fp16"]
+        half += ["ours:auto:rate+cl+fp16+cg"]
     return tuple(dict.fromkeys([*names, *half]))
 
 

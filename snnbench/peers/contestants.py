@@ -27,6 +27,7 @@ from snnbench.models.layer import Layer, Network
 from snnbench.peers.libraries import NEURON, Floor, Library, Norse, SnnTorch, SpikingJelly
 from snnbench.spec import sub_seed
 from snnbench.training.engine import Engine, set_matmul_precision
+from snnbench.training.graph import StepGraph
 
 OURS = ("ours", "published")
 LIBRARIES = {"spikingjelly": SpikingJelly, "snntorch": SnnTorch, "norse": Norse, "floor": Floor}
@@ -47,6 +48,7 @@ class Entry:
     compiled: bool = False
     precision: str = "fp32"
     memory: Level = "speed"
+    graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Contestant:
         self.seen: list[tuple[str, Tensor]] | None = None
         self._names = {layer: name for name, layer in net.layers().items()}
         self.engine = engine(entry, self.device)
+        self.recorded: StepGraph | None = None
         self._build()
         net.to(self.device).train(net.training)  # new modules are in training mode
         net.to(memory_format=self._format)
@@ -134,10 +137,19 @@ class Contestant:
 
     def step(self, x_B: Tensor, y_B: Tensor) -> Tensor:
         """One training step on a batch that is laid out; the loss comes back, detached."""
+        if self.entry.graph and self.recorded is None:
+            self.recorded = self._record(x_B, y_B)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.gradients(x_B, y_B)
+        loss = (self.recorded or self.gradients)(x_B, y_B)
         self.engine.update(self.net.parameters(), self.optimizer, None)
         return loss
+
+    def _record(self, x_B: Tensor, y_B: Tensor) -> StepGraph:
+        try:
+            return StepGraph(self.gradients, self.net, (x_B, y_B), self.device)
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:200]
+            raise WorkerError(f"cannot be recorded: {why}") from error
 
     def saved_bytes(self, x_B: Tensor, y_B: Tensor) -> int:
         """Bytes that autograd keeps for the backward pass of one step."""
@@ -253,6 +265,8 @@ def engine(entry: Entry, device: torch.device) -> Engine:
 
     Raises UsageError where there is no such kernel, WorkerError where one cannot be had here.
     """
+    if entry.graph and device.type != "cuda":
+        raise WorkerError("a CUDA graph needs a CUDA device")
     kernel = entry.kind if entry.family in OURS else "reference"
     names = registry.components("kernels") if kernel == "auto" else [kernel]
     try:

@@ -49,6 +49,8 @@ def make_engine(spec: RunSpec, device: torch.device) -> Engine:
         if spec.kernel in (name, "auto")
     }  # fmt: skip
     precision = resolve_precision(spec.precision, device)
+    if spec.train.graph and device.type != "cuda":
+        raise RunSkipped("train.graph = true needs a CUDA device")
     try:
         choice = choose(spec.kernel, backends, device)
     except RuntimeError as error:

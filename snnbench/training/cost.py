@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from snnbench.data.base import Split
 from snnbench.errors import DataError, RunSkipped
-from snnbench.measure.clock import PARTS, StepClock, quartiles, synchronize, timing_warning
+from snnbench.measure.clock import StepClock, quartiles, synchronize, timing_warning
 from snnbench.measure.energy import Joules
 from snnbench.measure.memory import (
     give_back_freed_memory,
@@ -31,7 +31,7 @@ from snnbench.spec import Capacity, RunSpec
 from snnbench.training import group
 from snnbench.training.evaluate import count_spikes
 from snnbench.training.isolated import isolated
-from snnbench.training.job import Job, Step, prepare, train_step, warm_up
+from snnbench.training.job import Job, Step, prepare, record_steps, shares, train_step, warm_up
 from snnbench.training.oom import is_out_of_memory
 
 PROBE_STEPS = 3
@@ -61,13 +61,18 @@ def probe(job: Job) -> dict[str, Any]:
     synchronize(job.device)
     give_back_freed_memory()
     nulls: dict[str, str] = {}
+    if job.spec.train.graph:
+        record_steps(job, trainable, x_B, y_B, {job.spec.T})
     why_not, at_rest = reset_peak(job.device), used_bytes(job.device)
+    if job.engine.graphs:
+        why_not = "torch does not count what a CUDA graph uses; peak_reserved_bytes holds it"
     for _ in range(PROBE_STEPS):
         train_step(job, at, x_B, y_B)
     synchronize(job.device)
-    peak: dict[str, int] = {} if why_not else peak_bytes(job.device)
+    peak: dict[str, int | None] = {**peak_bytes(job.device)}
     if why_not:
         nulls |= dict.fromkeys(("peak_bytes", "activations_bytes"), why_not)
+        peak["peak_bytes"] = None
     if "peak_reserved_bytes" not in peak:
         nulls["peak_reserved_bytes"] = "no CUDA allocator in use"
     nvml = own_gpu_bytes(job.device)
@@ -78,8 +83,10 @@ def probe(job: Job) -> dict[str, Any]:
         "params_bytes": tensor_bytes([*trainable.parameters(), *trainable.buffers()]),
         "grads_bytes": grads,
         "optimizer_bytes": optimizer_bytes(optimizer),
-        "activations_bytes": max(0, peak["peak_bytes"] - at_rest) if peak else None,
         **peak,
+        "activations_bytes": None
+        if peak["peak_bytes"] is None
+        else max(0, peak["peak_bytes"] - at_rest),
         "peak_nvml_bytes": None if isinstance(nvml, str) else nvml,
         "nulls": nulls,
         "probe_s": time.perf_counter() - began,
@@ -130,11 +137,13 @@ def measure(job: Job) -> dict[str, Any]:
     began = time.perf_counter()
     split = Split(*first_batch(job, job.spec.train.batch_size))
     warm_up(job, split, PROBE_STEPS)
+    trainable, optimizer = prepare(job)
+    x_B, y_B = group.share(split.x), group.share(split.y)
+    if job.spec.train.graph:
+        record_steps(job, trainable, x_B, y_B, {job.spec.T})
     synchronize(job.device)
     warm_up_s = time.perf_counter() - began
 
-    trainable, optimizer = prepare(job)
-    x_B, y_B = group.share(split.x), group.share(split.y)
     clock, joules = StepClock(job.device), Joules(job.device, why=job.shared)
     at = Step(trainable, optimizer, clock, job.spec.T, job.spec.train.lr)
     job.net.train()
@@ -158,13 +167,14 @@ def measure(job: Job) -> dict[str, Any]:
         job, Split(*(part[: job.spec.train.eval_batch_size] for part in (split.x, split.y)))
     )
     nulls = counted.pop("nulls") | dict.fromkeys(untrained, why)
+    of_parts = shares(parts, job.engine, nulls)
     if joules.doubt:
         nulls["energy_measured_j"] = joules.doubt
     return {
         **dict.fromkeys(untrained),
         **counted,
         **quartiles(times),
-        **{f"{part}_share": parts[part] / sum(parts.values()) for part in PARTS},
+        **of_parts,
         **job.engine.describe(),
         "steps_timed": len(times),
         "train_s": train_s,
@@ -197,6 +207,8 @@ def capacity(
     """
     wanted, began = spec.capacity, time.perf_counter()
     assert wanted is not None, "a suite of kind 'capacity' has this table"
+    if spec.train.graph:
+        raise RunSkipped("train.graph: a capacity is that of steps which are not recorded")
     trials: list[dict[str, Any]] = []
     nulls: dict[str, str] = {}
 

@@ -10,16 +10,19 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from snnbench.errors import RunSkipped
 from snnbench.kernels.choice import Choice
 from snnbench.kernels.saved import Keeper, Level
 from snnbench.methods.base import Method
 from snnbench.models.layer import Network
 from snnbench.training import group
+from snnbench.training.graph import StepGraph
 
 # Gradients of fp16 runs are multiplied by this, and divided again; it halves on an overflow.
 LOSS_SCALE = 2.0**10
@@ -41,10 +44,12 @@ class Engine:
         self.keeper = None if self.memory == "speed" else Keeper(self.memory)
         self.scaler: torch.amp.GradScaler | None = None
         self.paths: set[str] = set()  # who did the layer steps of training
+        self.graphs: dict[int, StepGraph] = {}  # of a step, by T; empty: steps are not recorded
         self.set_loss_scale(LOSS_SCALE)
 
     def set_loss_scale(self, scale: float) -> None:
-        """Start, or go on, with this scale; only fp16 has one."""
+        """Start, or go on, with this scale; only fp16 has one, and a recording holds the old."""
+        self.graphs.clear()
         if self.precision == "fp16":
             self.scaler = torch.amp.GradScaler(
                 self.device.type, init_scale=scale, growth_interval=NEVER
@@ -72,10 +77,27 @@ class Engine:
             return torch.autocast(self.device.type, dtype=HALF[self.precision], cache_enabled=False)
         return contextlib.nullcontext()
 
+    def record(
+        self, method: Method, net: Network, trainable: nn.Module, x_TB: Tensor, target: Tensor
+    ) -> None:
+        """Let `backward` replay a recording for these shapes; RunSkipped where that cannot be."""
+        inputs, backward = (x_TB, target, 0.0), partial(self._backward, method, net)
+        try:
+            self.graphs[len(x_TB)] = StepGraph(backward, trainable, inputs, self.device)
+        except RuntimeError as error:
+            raise RunSkipped(f"train.graph: {' '.join(str(error).split())[:200]}") from error
+
     def backward(
         self, method: Method, net: Network, x_TB: Tensor, target: Tensor, progress: float
     ) -> Tensor:
         """Let the method fill `.grad`; the loss comes back, detached and not scaled."""
+        if self.graphs:
+            return self.graphs[len(x_TB)](x_TB, target, progress)
+        return self._backward(method, net, x_TB, target, progress)
+
+    def _backward(
+        self, method: Method, net: Network, x_TB: Tensor, target: Tensor, progress: Any
+    ) -> Tensor:
         if self.scaler is not None:
             method.amplify = self.scaler.scale
         with self.autocast(), contextlib.ExitStack() as stack:

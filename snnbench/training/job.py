@@ -120,6 +120,25 @@ def fill_gradients(job: Job, at: Step, x_TB: Tensor, target: Tensor) -> Tensor:
     return mean
 
 
+def record_steps(job: Job, trainable: nn.Module, x_B: Tensor, y_B: Tensor, Ts: set[int]) -> None:
+    """Let steps on such batches, at every T, be replayed; RunSkipped where that cannot be."""
+    job.net.train()
+    target = smooth(y_B, job.data.classes, job.spec.train.label_smoothing)
+    for T in sorted(Ts):
+        job.engine.record(job.method, job.net, trainable, job.data.encode(x_B, T), target)
+
+
+def shares(parts_ms: dict[str, float], engine: Engine, nulls: dict[str, str]) -> dict[str, Any]:
+    """Each part's share of the time; null, with the reason in `nulls`, where it has no bounds."""
+    spent_ms = sum(parts_ms.values())
+    found: dict[str, Any] = {f"{part}_share": ms / spent_ms for part, ms in parts_ms.items()}
+    if engine.graphs:
+        inside = ("forward_share", "backward_share")
+        found |= dict.fromkeys(inside)
+        nulls |= dict.fromkeys(inside, "forward and backward are one CUDA graph")
+    return found
+
+
 def warm_up(job: Job, split: Split, steps: int) -> None:
     """Throw-away steps on the first batch, at every T of the recipe; everything is as before
     afterwards.
