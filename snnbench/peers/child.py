@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from snnbench import machine
 from snnbench.errors import DivergedError, UsageError, WorkerError
 from snnbench.measure.clock import StepClock, synchronize
-from snnbench.measure.memory import peak_bytes, reset_peak
+from snnbench.measure.memory import give_back_freed_memory, peak_bytes, reset_peak
 from snnbench.peers import contestants
 from snnbench.peers.contestants import Entry, Setup
 from snnbench.training.allocator import keep_freed_memory
@@ -73,18 +74,24 @@ class Session:
     def warm_up(self) -> dict[str, Any]:
         """The first step, with whatever is compiled or loaded for it; seconds with the building."""
         began = time.perf_counter()
-        self.steps(1)
+        self.contestant.step(*self.batches[0])
+        synchronize(self.device)
         return {"warmup_s": self.setup_s + time.perf_counter() - began}
 
     def steps(self, n: int) -> dict[str, Any]:
-        """Milliseconds of each of n training steps, and seconds of CPU time that they took."""
+        """Milliseconds of each of n training steps, and seconds of CPU time that they took.
+
+        One step before them is not timed: a contestant that waits for its turn holds no freed
+        memory, or all of them together would need more than the machine has.
+        """
         clock, cpu = StepClock(self.device), time.process_time()
-        for _ in range(n):
+        for i in range(n + 1):
             x_B, y_B = self.batches[self.steps_done % BATCHES]
-            with clock.step():
+            with clock.step() if i else nullcontext():
                 loss = self.contestant.step(x_B, y_B)
             self.steps_done += 1
         step_ms = clock.drain_ms()
+        give_back_freed_memory()
         if not math.isfinite(loss.item()):
             raise DivergedError(f"the loss became {loss.item()} after {self.steps_done} steps")
         return {"step_ms": step_ms, "cpu_s": time.process_time() - cpu}
@@ -97,7 +104,8 @@ class Session:
     def measure(self) -> dict[str, Any]:
         """Memory and operations of a step, each in a pass of its own."""
         x_B, y_B = self.batches[0]
-        why_not = reset_peak(self.device)
+        # A recording uses memory that the allocator does not count again.
+        why_not = "recorded" if self.entry.graph else reset_peak(self.device)
         for _ in range(PEAK_STEPS):
             self.contestant.step(x_B, y_B)
         peak = None if why_not else peak_bytes(self.device)["peak_bytes"] - self.base_bytes
