@@ -101,7 +101,8 @@ def train(job: Job) -> dict[str, Any]:
     nulls |= metrics.pop("nulls", {})
     if at.joules.doubt:
         nulls["energy_measured_j"] = at.joules.doubt
-    parts = shares(state["parts_ms"], job.engine, nulls)
+    parts, why_not = shares(state["parts_ms"], job.engine)
+    nulls |= why_not
     timing = timing_warning(quartiles(state["step_ms"]), job.device)
     if len(state["places"]) > 1:
         timing = f"done in several places, one after another: {'; '.join(state['places'])}"
@@ -152,7 +153,7 @@ def record(job: Job, at: Progress, split: Split) -> float:
     began, seed = time.perf_counter(), job.spec.seed
     size = min(job.spec.train.batch_size, len(split))
     feed = batches(job.data, split, epoch_order(seed, 0, len(split)), size, seed, 0)
-    record_steps(job, at.trainable, *next(feed), {phase.T for phase in at.plan})
+    record_steps(job, at.trainable, *next(feed))
     synchronize(job.device)
     return time.perf_counter() - began
 

@@ -7,14 +7,17 @@ from the recording's own inputs; nothing of Python's decisions is taken again bu
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from snnbench import train
+from snnbench import registry, train
 from snnbench.errors import RunSkipped
 from snnbench.kernels.choice import choose
 from snnbench.methods.base import Method
@@ -22,16 +25,27 @@ from snnbench.spec import Inherit, RunSpec
 from snnbench.training import cost, graph
 from snnbench.training.engine import Engine
 from snnbench.training.graph import Slot, StepGraph, unchanged
+from snnbench.training.oom import more_parts
 from tests.test_train import METHODS, assert_same_weights, fixed, make_job
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
 
 
+class Capture(TorchDispatchMode):
+    """Nothing may ask for a value on the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value is asked for while the stream is captured")
+        return func(*args, **(kwargs or {}))
+
+
 def stand_in(run: Callable[[], graph.Found]) -> tuple[graph.Found, Callable[[], Any]]:
-    generator = torch.get_rng_state()
-    found = run()
-    graph.refuse_host_numbers(generator)
+    draws = graph.host_generators()
+    with Capture():
+        found = run()
+    graph.refuse_host_numbers(draws)
     held = [None if x is None else x.clone() for x in found]
 
     def replay() -> None:
@@ -140,17 +154,48 @@ def test_a_cost_run_is_recorded(recorder, one_thread):
 # --- what cannot be recorded ------------------------------------------------------------------
 
 
-class Drawing(Method):
+class Scaling(Method):
+    """Its loss has a factor that the host decides."""
+
     source = "a test"
 
+    def __init__(self, factor: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.factor = factor
+
     def loss(self, logits_TBK: Tensor, target: Tensor, progress: float) -> Tensor:
-        return super().loss(logits_TBK, target, progress) * float(torch.rand(()))
+        loss = super().loss(logits_TBK, target, progress)
+        return self.factor(loss.detach()) * loss
 
 
-def test_a_method_that_draws_on_the_host_is_refused(recorder, one_thread):
-    job = make_job(Drawing(), graph=True)
-    with pytest.raises(RunSkipped, match="this method draws random numbers on the host"):
+HOST = "this method draws random numbers on the host"
+
+
+@pytest.mark.parametrize(
+    ("factor", "why"),
+    [
+        (lambda loss: torch.rand(()), HOST),
+        (lambda loss: random.random(), HOST),
+        (lambda loss: np.random.rand(), HOST),
+        (lambda loss: 1.0 if loss > 0 else 2.0, "a value is asked for while the stream is captur"),
+    ],
+)
+def test_what_the_host_decides_cannot_be_recorded(factor, why, recorder, one_thread):
+    job = make_job(Scaling(factor), graph=True)
+    with pytest.raises(RunSkipped, match=f"^train.graph: {why}"):
         train.train(job)
+
+
+def test_a_lack_of_memory_stays_one(monkeypatch, one_thread):
+    def record(run: Callable[[], graph.Found]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(graph, "record", record)
+    job = make_job(graph=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        train.train(job)
+    assert more_parts(job.spec) is None  # a graph holds one whole step
+    assert more_parts(make_job().spec) == 2
 
 
 @pytest.mark.parametrize("name", ["devices", "batch_split"])
@@ -254,8 +299,6 @@ def test_losses_and_gradients_of_two_calls_are_their_own(recorder):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("method", ["bptt", "tet", "shortcut", "rate", "grad_scale"])
 def test_a_cuda_graph_trains_as_plain_steps(method, precision):
-    from snnbench import registry
-
     backends = {n: found.load() for n, found in registry.components("kernels").items()}
 
     def job(recorded: bool) -> Any:
@@ -273,14 +316,33 @@ def test_a_cuda_graph_trains_as_plain_steps(method, precision):
 
 @pytest.mark.gpu
 def test_a_look_at_the_device_cannot_be_recorded():
-    class Looking(Method):
-        source = "a test"
-
-        def loss(self, logits_TBK: Tensor, target: Tensor, progress: float) -> Tensor:
-            loss = super().loss(logits_TBK, target, progress)
-            return loss if loss.item() > 0 else 2 * loss
-
-    job = make_job(Looking(), graph=True)
+    job = make_job(Scaling(lambda loss: 1.0 if loss > 0 else 2.0), graph=True)
     job.engine = Engine(GPU, choose("reference", {}, GPU), "fp32")
-    with pytest.raises(RunSkipped, match=r"^train\.graph: "):
+    with pytest.raises(RunSkipped, match=r"^train\.graph: .*captur"):
         train.train(job)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("method", ["bptt", "rate"])
+def test_a_replay_has_the_gradients_of_a_plain_step(method, precision):
+    """With frozen BatchNorm: a tie that flips one spike would change the statistics of all."""
+    backends = {n: found.load() for n, found in registry.components("kernels").items()}
+    job = make_job(method, precision=precision)
+    job.engine = Engine(GPU, choose("auto", backends, GPU), precision)
+    job.engine.take(job.net).eval()
+    batches = [tuple(part[i : i + 32].to(GPU) for part in (job.data.train.x, job.data.train.y))
+               for i in (0, 32)]  # fmt: skip
+
+    def gradients(x_B: Tensor, y_B: Tensor) -> list[Tensor]:
+        job.net.zero_grad(set_to_none=True)
+        job.engine.backward(job.method, job.net, job.data.encode(x_B, 2), y_B, 0.5)
+        return [p.grad.clone() for p in job.net.parameters()]
+
+    plain = [gradients(*batch) for batch in batches]
+    job.engine.record(
+        job.method, job.net, job.net, job.data.encode(batches[0][0], 2), batches[0][1]
+    )
+    for batch, expected in zip(batches, plain, strict=True):
+        for got, want in zip(gradients(*batch), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))

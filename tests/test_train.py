@@ -526,9 +526,8 @@ def test_selection_rules_by_hand(history, last, by_val, val_epoch, best):
 
 
 def test_shares_of_the_parts_by_hand():
-    engine, nulls = make_job().engine, {}
-    got = job_module.shares({"data": 1.0, "forward": 3.0}, engine, nulls)
-    assert (got, nulls) == ({"data_share": 0.25, "forward_share": 0.75}, {})
+    got = job_module.shares({"data": 1.0, "forward": 3.0}, make_job().engine)
+    assert got == ({"data_share": 0.25, "forward_share": 0.75}, {})
 
 
 # --- resume -----------------------------------------------------------------------------------

@@ -211,9 +211,10 @@ def normalised(norm: nn.BatchNorm2d, x_TB: Tensor) -> Tensor:
 
 def counted(norm: nn.BatchNorm2d) -> float:
     """The share of one batch more in the running statistics; 0 where there are none."""
-    batches = norm.num_batches_tracked
-    if batches is None:
+    if norm.running_mean is None:
         return 0.0
+    batches = norm.num_batches_tracked
+    assert batches is not None
     batches.add_(1)
     return 1 / float(batches) if norm.momentum is None else norm.momentum
 
@@ -289,8 +290,8 @@ class _Fire(torch.autograd.Function):
         s = plan.backend.fire(
             y, constants[0], constants[1], rest, decay, plan.neuron, plan.T, **more
         )
-        # Both are views of what nobody else holds: a twin that were a view of the spikes would keep
-        # alive the key under which it is known, and itself, for ever.
+        # Both are views of what nobody else holds: a twin that were a view of the spikes would hold
+        # what holds it, as an attribute, for ever.
         s_TB = uncells(s.view_as(s), ctx.shape)
         return s_TB, s_TB.view_as(s_TB) if plan.twins else None
 

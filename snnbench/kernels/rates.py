@@ -147,6 +147,7 @@ class _Carry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second()
         g_B, wanted = grads[0].sum(0), ctx.needs_input_grad[1:4]
         return (None, *back_through(ctx.op, g_B, wanted, *ctx.saved_tensors), None)
 

@@ -1,6 +1,8 @@
 """A training method is a gradient estimator: given a network and a batch, it fills `.grad`.
 
-Shapes: T timesteps, B batch, K classes.  `progress` in [0, 1] is the fraction of training done.
+Shapes: T timesteps, B batch, K classes.  `progress` in [0, 1] is the fraction of training done: a
+number, or a tensor [] on the device in a recorded step (`train.graph`), where nothing may ask for
+its value.
 The target is an int64 class index [B], or class probabilities [B, K] under label smoothing.
 """
 

@@ -60,10 +60,10 @@ class Shortcut(Method):
         if any(layer is tapped for tapped, _ in self._heads):
             self._seen[layer] = s_TB
 
-    def weight(self, progress: float) -> float:
-        """Weight lambda of the added logits."""
+    def weight(self, progress: Any) -> Any:
+        """Weight lambda of the added logits; a number, or a tensor [] where progress is one."""
         decay = 1 - progress if self.config.schedule == "evolutionary" else 1.0
-        return float(self.config.lambda0 * decay)
+        return self.config.lambda0 * decay
 
     def readout(self, logits_TBK: Tensor, progress: float) -> Tensor:
         """The network's logits plus those of the weighted heads."""

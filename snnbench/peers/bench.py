@@ -7,8 +7,9 @@ A contestant is named LIBRARY:ORDER+SETTING+..., for example
     published:rate              the rate-based method in two phases, as its authors run it
     floor:ann+cl+ma             ReLU for neurons, on T * B images; ann-B on B; conv without BN, too
 
-with the settings cl (channels_last), ma (the C library keeps freed memory), tc (torch.compile),
-tf32, fp16, bf16, and for ours the levels of memory balanced and smallest.
+with the settings cl (channels_last), ma (the C library keeps freed memory), tc (torch.compile), cg
+(a CUDA graph of the step), tf32, fp16, bf16, and for ours the levels of memory balanced and
+smallest.
 
 The rounds run A B C, C B A, A B C, ..., so that a machine that becomes slower does so for all; two
 contestants are compared within each round.  Only JSON passes between the processes.

@@ -79,10 +79,10 @@ class Session:
         return {"warmup_s": self.setup_s + time.perf_counter() - began}
 
     def steps(self, n: int) -> dict[str, Any]:
-        """Milliseconds of each of n training steps, and seconds of CPU time that they took.
+        """Milliseconds of each of n training steps, and seconds of CPU time of all that was done.
 
         One step before them is not timed: a contestant that waits for its turn holds no freed
-        memory, or all of them together would need more than the machine has.
+        memory (of a CPU), or all of them together would need more than the machine has.
         """
         clock, cpu = StepClock(self.device), time.process_time()
         for i in range(n + 1):
@@ -116,7 +116,10 @@ class Session:
             "peak_bytes": peak,
             "saved_bytes": saved,
             "saved_per_neuron_step": saved / neuron_steps,
-            "aten_ops": aten_operations(lambda: self.contestant.step(x_B, y_B)),
+            # Of a recording torch sees a replay only.
+            "aten_ops": None
+            if self.entry.graph
+            else aten_operations(lambda: self.contestant.step(x_B, y_B)),
             "kernel_path": self.contestant.engine.describe()["kernel_path"] if of_ours else "",
         }
 

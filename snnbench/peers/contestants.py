@@ -28,6 +28,7 @@ from snnbench.peers.libraries import NEURON, Floor, Library, Norse, SnnTorch, Sp
 from snnbench.spec import sub_seed
 from snnbench.training.engine import Engine, set_matmul_precision
 from snnbench.training.graph import StepGraph
+from snnbench.training.oom import is_out_of_memory
 
 OURS = ("ours", "published")
 LIBRARIES = {"spikingjelly": SpikingJelly, "snntorch": SnnTorch, "norse": Norse, "floor": Floor}
@@ -138,16 +139,19 @@ class Contestant:
     def step(self, x_B: Tensor, y_B: Tensor) -> Tensor:
         """One training step on a batch that is laid out; the loss comes back, detached."""
         if self.entry.graph and self.recorded is None:
-            self.recorded = self._record(x_B, y_B)
+            self.recorded = self.recorder(x_B, y_B)
         self.optimizer.zero_grad(set_to_none=True)
         loss = (self.recorded or self.gradients)(x_B, y_B)
         self.engine.update(self.net.parameters(), self.optimizer, None)
         return loss
 
-    def _record(self, x_B: Tensor, y_B: Tensor) -> StepGraph:
+    def recorder(self, x_B: Tensor, y_B: Tensor) -> StepGraph:
+        """`gradients` recorded on such a batch; raises WorkerError where that cannot be done."""
         try:
-            return StepGraph(self.gradients, self.net, (x_B, y_B), self.device)
+            return StepGraph(self.gradients, self.net, (self.laid_out(x_B), y_B), self.device)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             why = " ".join(str(error).split())[:200]
             raise WorkerError(f"cannot be recorded: {why}") from error
 
@@ -362,11 +366,16 @@ def frozen(net: Network, x_TB: Tensor) -> Network:
 
 def _observed(contestant: Contestant, x_B: Tensor, y_B: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Spikes of every layer, [T, B, ...], and all gradients in one vector, in our units."""
-    contestant.seen = []
+    seen: list[tuple[str, Tensor]] = []
+    contestant.seen = seen
     contestant.gradients(contestant.laid_out(x_B), y_B)
+    contestant.seen = None
+    if contestant.entry.graph:  # the gradients of a replay, on other images than were recorded
+        replay = contestant.recorder(torch.zeros_like(x_B), y_B)
+        replay(contestant.laid_out(x_B), y_B)
     scale = contestant.engine.loss_scale or 1.0
     s: dict[str, list[Tensor]] = {}
-    for name, spikes in contestant.seen:
+    for name, spikes in seen:
         s.setdefault(name, []).append(spikes)
     whole = {name: torch.stack(parts) if len(parts) > 1 else parts[0] for name, parts in s.items()}
     gradients = []

@@ -145,8 +145,8 @@ def unsuccessful(results: Sequence[Result]) -> bool:
 
 
 def _tuned(rows: list[Row], among: list[Row] | None = None) -> Row | None:
-    """The one with channels_last and, on a CPU, kept memory; not compiled as a whole."""
-    fitting = [r for r in rows if "cl" in r.settings and "tc" not in r.settings]
+    """The one with channels_last and, on a CPU, kept memory; not compiled or recorded."""
+    fitting = [r for r in rows if "cl" in r.settings and not {"tc", "cg"} & set(r.settings)]
     fitting = [r for r in fitting if among is None or r in among]
     return max(fitting, key=lambda row: "ma" in row.settings, default=None)
 

@@ -62,7 +62,7 @@ def probe(job: Job) -> dict[str, Any]:
     give_back_freed_memory()
     nulls: dict[str, str] = {}
     if job.spec.train.graph:
-        record_steps(job, trainable, x_B, y_B, {job.spec.T})
+        record_steps(job, trainable, x_B, y_B)
     why_not, at_rest = reset_peak(job.device), used_bytes(job.device)
     if job.engine.graphs:
         why_not = "torch does not count what a CUDA graph uses; peak_reserved_bytes holds it"
@@ -140,7 +140,7 @@ def measure(job: Job) -> dict[str, Any]:
     trainable, optimizer = prepare(job)
     x_B, y_B = group.share(split.x), group.share(split.y)
     if job.spec.train.graph:
-        record_steps(job, trainable, x_B, y_B, {job.spec.T})
+        record_steps(job, trainable, x_B, y_B)
     synchronize(job.device)
     warm_up_s = time.perf_counter() - began
 
@@ -167,7 +167,8 @@ def measure(job: Job) -> dict[str, Any]:
         job, Split(*(part[: job.spec.train.eval_batch_size] for part in (split.x, split.y)))
     )
     nulls = counted.pop("nulls") | dict.fromkeys(untrained, why)
-    of_parts = shares(parts, job.engine, nulls)
+    of_parts, why_not = shares(parts, job.engine)
+    nulls |= why_not
     if joules.doubt:
         nulls["energy_measured_j"] = joules.doubt
     return {

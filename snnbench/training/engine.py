@@ -23,6 +23,7 @@ from snnbench.methods.base import Method
 from snnbench.models.layer import Network
 from snnbench.training import group
 from snnbench.training.graph import StepGraph
+from snnbench.training.oom import is_out_of_memory
 
 # Gradients of fp16 runs are multiplied by this, and divided again; it halves on an overflow.
 LOSS_SCALE = 2.0**10
@@ -85,6 +86,8 @@ class Engine:
         try:
             self.graphs[len(x_TB)] = StepGraph(backward, trainable, inputs, self.device)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise RunSkipped(f"train.graph: {' '.join(str(error).split())[:200]}") from error
 
     def backward(

@@ -2,18 +2,23 @@
 
 A small network spends its step on starting kernels, one by one, from Python; a graph starts all of
 them at once.  What is recorded is done again exactly, so shapes must stay, and so must everything
-that the host decides: a method that draws numbers on the host, or looks at a value on the device,
-cannot be recorded.
+that the host decides.  A method that draws numbers on the host, or looks at a value on the device,
+cannot be recorded; what it counts in Python from step to step stands still, and nobody notices.
 """
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from snnbench.spec import digest
 
 Found: TypeAlias = list[Any]  # the loss, and the gradient of each parameter or None
 
@@ -22,7 +27,8 @@ class StepGraph:
     """`backward(*inputs)`, which fills gradients and gives a loss, as a recording.
 
     Called with other inputs of the same shapes, or numbers, it does the same without Python.  To
-    record it changes nothing.  Raises RuntimeError where that cannot be done.
+    record it changes neither weights nor buffers nor torch's generators.  Raises RuntimeError where
+    that cannot be done.
     """
 
     def __init__(
@@ -76,25 +82,41 @@ class Slot:
 def record(run: Callable[[], Found]) -> tuple[Found, Callable[[], Any]]:
     """What `run` finds, and a way to have it computed again, into the same memory.
 
-    Raises RuntimeError where the host takes part in it. It is run twice, the first time so that
-    whatever is made once, a workspace or a compiled kernel, is there.
+    Raises RuntimeError where the host takes part in it. It is run twice on one stream, the first
+    time so that whatever is made once, a workspace or a compiled kernel, is there.
     """
-    generator = torch.get_rng_state()
-    stream = torch.cuda.Stream()
+    draws = host_generators()
+    graph, stream, found = torch.cuda.CUDAGraph(), torch.cuda.Stream(), []
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream().wait_stream(stream)
-    refuse_host_numbers(generator)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
+    refuse_host_numbers(draws)
+    failure: RuntimeError | None = None
+    try:
+        # What fails inside makes the end of the capture fail as well, which must not hide it, and
+        # would leave the capture's stream as the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
+            try:
+                found = run()
+            except RuntimeError as error:
+                failure = error
+    except RuntimeError as error:
+        failure = failure or error
+    if failure is not None:
+        raise failure
     return found, graph.replay
 
 
-def refuse_host_numbers(generator: Tensor) -> None:
-    """Raise RuntimeError if the host's generator is not where it was: a replay would not draw."""
-    if not torch.equal(generator, torch.get_rng_state()):
+def host_generators() -> tuple[str, ...]:
+    """Where the generators of torch, Python and NumPy are."""
+    states = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()
+    return tuple(digest(pickle.dumps(state)) for state in states)
+
+
+def refuse_host_numbers(before: tuple[str, ...]) -> None:
+    """Raise RuntimeError if a generator is not where it was: a replay would not draw."""
+    if host_generators() != before:
         raise RuntimeError("this method draws random numbers on the host at every step")
 
 
@@ -116,4 +138,6 @@ def unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
 def _fresh(backward: Callable[..., Tensor], module: nn.Module, inputs: Sequence[Tensor]) -> Found:
     """Loss and gradients; there are none to add to, so that these are in memory of their own."""
     module.zero_grad(set_to_none=True)
-    return [backward(*inputs), *(p.grad for p in module.parameters())]
+    found = [backward(*inputs), *(p.grad for p in module.parameters())]
+    module.zero_grad(set_to_none=True)  # what is not recorded can be freed before the next run
+    return found

@@ -120,23 +120,28 @@ def fill_gradients(job: Job, at: Step, x_TB: Tensor, target: Tensor) -> Tensor:
     return mean
 
 
-def record_steps(job: Job, trainable: nn.Module, x_B: Tensor, y_B: Tensor, Ts: set[int]) -> None:
+def record_steps(job: Job, trainable: nn.Module, x_B: Tensor, y_B: Tensor) -> None:
     """Let steps on such batches, at every T, be replayed; RunSkipped where that cannot be."""
     job.net.train()
     target = smooth(y_B, job.data.classes, job.spec.train.label_smoothing)
-    for T in sorted(Ts):
+    for T in steps_of(job.spec):
         job.engine.record(job.method, job.net, trainable, job.data.encode(x_B, T), target)
 
 
-def shares(parts_ms: dict[str, float], engine: Engine, nulls: dict[str, str]) -> dict[str, Any]:
-    """Each part's share of the time; null, with the reason in `nulls`, where it has no bounds."""
-    spent_ms = sum(parts_ms.values())
+def steps_of(spec: RunSpec) -> tuple[int, ...]:
+    """Every T at which the recipe takes steps."""
+    early = spec.train.inherit
+    return tuple(dict.fromkeys((spec.T, *([early.T] if early else []))))
+
+
+def shares(parts_ms: dict[str, float], engine: Engine) -> tuple[dict[str, Any], dict[str, str]]:
+    """Each part's share of the time; null, with the reasons beside, where it has no bounds."""
+    spent_ms, inside = sum(parts_ms.values()), ("forward_share", "backward_share")
     found: dict[str, Any] = {f"{part}_share": ms / spent_ms for part, ms in parts_ms.items()}
-    if engine.graphs:
-        inside = ("forward_share", "backward_share")
-        found |= dict.fromkeys(inside)
-        nulls |= dict.fromkeys(inside, "forward and backward are one CUDA graph")
-    return found
+    if not engine.graphs:
+        return found, {}
+    why = "forward and backward are one CUDA graph"
+    return found | dict.fromkeys(inside), dict.fromkeys(inside, why)
 
 
 def warm_up(job: Job, split: Split, steps: int) -> None:
@@ -149,8 +154,7 @@ def warm_up(job: Job, split: Split, steps: int) -> None:
     job.net.train()
     size = min(job.spec.train.batch_size, len(split))
     x_B, y_B = group.share(split.x[:size].clone()), group.share(split.y[:size].clone())
-    early = job.spec.train.inherit
-    for T in (job.spec.T, *([early.T] if early else [])):  # kernels are compiled for each
+    for T in steps_of(job.spec):  # kernels are compiled for each
         at = Step(trainable, optimizer, StepClock(job.device), T, job.spec.train.lr)
         for _ in range(steps):
             train_step(job, at, x_B, y_B)

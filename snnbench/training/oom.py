@@ -33,8 +33,8 @@ def after_oom(spec: RunSpec, run: RunFolder) -> tuple[RunSpec, str]:
 
 
 def more_parts(spec: RunSpec | None) -> int | None:
-    """Twice as many parts of a batch; None where it cannot be divided so."""
-    if spec is None:
+    """Twice as many parts of a batch; None where it cannot be divided so, or is recorded whole."""
+    if spec is None or spec.train.graph:
         return None
     parts = 2 * spec.train.batch_split
     return None if spec.train.batch_size % (parts * spec.train.devices) else parts
