@@ -325,7 +325,7 @@ def test_rate_of_batch_norm_is_its_time_mean(name):
             value_TB, c = both(
                 parts_of(synapse), spikes(5, B, convs[0].in_channels, 4, 4), Reference()
             )
-            rate_B = c.having(value_TB)
+            rate_B = c.tensor(value_TB)
             assert not value_TB.requires_grad
             assert rate_B.requires_grad
             close(rate_B.detach(), value_TB.mean(0))
@@ -339,7 +339,7 @@ def test_rate_batch_norm_gradient_in_closed_form():
     c_TB, g_B = torch.randn(4, 3, 2, 5, 5).double(), torch.randn(3, 2, 5, 5).double()
     x_TB = c_TB.clone().requires_grad_()
     value_TB, c = both([bn], x_TB, Reference())
-    (got,) = torch.autograd.grad(c.having(value_TB), x_TB, g_B)
+    (got,) = torch.autograd.grad(c.tensor(value_TB), x_TB, g_B)
     c, g = c_TB.numpy(), g_B.numpy()
     axes, keep = (0, 2, 3), {"keepdims": True}
     mean = c.mean((0, 1, 3, 4), **keep)[0]

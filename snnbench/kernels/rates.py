@@ -28,12 +28,11 @@ class Current(NamedTuple):
     bias: Tensor | None = None
     op: nn.Conv2d | nn.Linear | None = None
 
-    def having(self, value_TB: Tensor) -> Tensor:
-        """The current as a tensor, with the values of this time-mean."""
+    def tensor(self, value_TB: Tensor) -> Tensor:
+        """The current as a tensor; where it is not computed, with the values of this time-mean."""
         if self.op is None:
             return self.rate_B
-        c_B: Tensor = _Mapped.apply(value_TB.mean(0), *self)
-        return c_B
+        return straight_through(value_TB.mean(0, keepdim=True), self).squeeze(0)
 
 
 def straight_through(value_TB: Tensor, mean: Current) -> Tensor:
@@ -104,29 +103,6 @@ def unpixels(x: Tensor, shape: torch.Size) -> Tensor:
         return x
     B, C, *sites = shape
     return x.view(B, *sites, C).permute(0, len(shape) - 1, *range(1, len(shape) - 1))
-
-
-class _Mapped(torch.autograd.Function):
-    """Values that were computed elsewhere, with the gradient of a map's output."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        value_B: Tensor,
-        rate_B: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        op: nn.Module | None,
-    ) -> Tensor:
-        ctx.save_for_backward(*_kept(op, rate_B, weight))
-        ctx.op = op
-        return value_B.view_as(value_B)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second()
-        wanted = ctx.needs_input_grad[1:4]
-        return (None, *back_through(ctx.op, grads[0], wanted, *ctx.saved_tensors), None)
 
 
 class _Carry(torch.autograd.Function):

@@ -73,7 +73,7 @@ class Rate(Method):
         rest_TB, rest_B = None, None
         if rest:
             rest_TB, c_rest = self._sum(rest, x_TB[1:], kernel)
-            rest_B = c_rest.having(rest_TB[:1])
+            rest_B = c_rest.tensor(rest_TB[:1])
         s_TB: Tensor = kernel.rate_fire(layer.neuron, y_TB, norm, rest_TB, T, c, rest_B)
         return s_TB
 
@@ -83,7 +83,7 @@ class Rate(Method):
         if layer.physics is None:
             return straight_through(c_TB, c)
         s_TB, elig = spikes_and_eligibility(layer.neuron, c_TB)
-        return straight_through(s_TB, Current(elig * c.having(c_TB[:1])))
+        return straight_through(s_TB, Current(elig * c.tensor(c_TB[:1])))
 
     @staticmethod
     def _sum(
@@ -94,7 +94,7 @@ class Rate(Method):
         if len(pairs) == 1:
             return pairs[0]
         values_TB = [value_TB for value_TB, _ in pairs]
-        means_B = [c.having(value_TB[:1]) for value_TB, c in pairs]  # nobody looks at their values
+        means_B = [c.tensor(value_TB[:1]) for value_TB, c in pairs]  # nobody looks at their values
         return sum(values_TB[1:], start=values_TB[0]), Current(sum(means_B[1:], start=means_B[0]))
 
     def backward(self, net: Network, x_TB: Tensor, target: Tensor, progress: float) -> Tensor:
@@ -207,7 +207,7 @@ def both(parts: list[nn.Module], x_TB: Tensor, kernel: Any) -> tuple[Tensor, Cur
             values_TB.append(value_TB[:1] if still else value_TB)
     c = Current(kernel.rate_of(x_TB))
     for i, part in enumerate(parts):
-        rate_B = c.having(values_TB[i])
+        rate_B = c.tensor(values_TB[i])
         if isinstance(part, nn.BatchNorm2d) and part.training:
             c = Current(rate_batch_norm(part, values_TB[i], rate_B))
         elif isinstance(part, nn.Conv2d | nn.Linear):

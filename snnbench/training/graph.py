@@ -8,8 +8,8 @@ cannot be recorded; what it counts in Python from step to step stands still, and
 
 from __future__ import annotations
 
-import pickle
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -110,8 +110,9 @@ def record(run: Callable[[], Found]) -> tuple[Found, Callable[[], Any]]:
 
 def host_generators() -> tuple[str, ...]:
     """Where the generators of torch, Python and NumPy are."""
-    states = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()
-    return tuple(digest(pickle.dumps(state)) for state in states)
+    states = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state(legacy=False)
+    with np.printoptions(threshold=sys.maxsize):
+        return tuple(digest(repr(state)) for state in states)
 
 
 def refuse_host_numbers(before: tuple[str, ...]) -> None:
