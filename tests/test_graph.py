@@ -145,6 +145,19 @@ def test_the_memory_of_a_recorded_step_is_not_guessed(recorder, one_thread):
     assert len(recorder) == cost.PROBE_STEPS
 
 
+def test_a_peak_that_cannot_be_reset_is_not_read(monkeypatch, one_thread):
+    """As on a system without /proc."""
+
+    def unreadable(device: torch.device) -> dict[str, int]:
+        raise FileNotFoundError("/proc/self/status")
+
+    monkeypatch.setattr(cost, "reset_peak", lambda device: "no such file")
+    monkeypatch.setattr(cost, "peak_bytes", unreadable)
+    seen = cost.probe(make_job())
+    for name in ("peak_bytes", "activations_bytes"):
+        assert (seen[name], seen["nulls"][name]) == (None, "no such file")
+
+
 def test_a_cost_run_is_recorded(recorder, one_thread):
     seen = cost.measure(make_job(graph=True, steps=3))
     assert len(recorder) == seen["steps_timed"] == 3

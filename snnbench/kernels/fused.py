@@ -144,10 +144,9 @@ class Kernel(Reference):
         found = Rates(uncells(s, shape), unpixels(rate, shape), elig, xhat, affine)
         weight, bias = (None, None) if affine is None else (affine.weight, affine.bias)
         back = self.backend.rate_backward if self.complete else rates.step_backward
-        s_TB: Tensor
-        s_TB, rate_B = rates.Step.apply(*c, rest_B, weight, bias, found, back)
-        s_TB.rate_B = rate_B  # type: ignore[attr-defined]
-        return s_TB
+        s_TB, s_TB.rate_B = rates.Step.apply(*c, rest_B, weight, bias, found, back)
+        out_TB: Tensor = s_TB
+        return out_TB
 
     def rate_of(self, x_TB: Tensor) -> Tensor:
         """The time-mean of an input; where a layer here sent it, without a gradient of length T."""

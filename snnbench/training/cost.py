@@ -69,7 +69,9 @@ def probe(job: Job) -> dict[str, Any]:
     for _ in range(PROBE_STEPS):
         train_step(job, at, x_B, y_B)
     synchronize(job.device)
-    peak: dict[str, int | None] = {**peak_bytes(job.device)}
+    peak: dict[str, int | None] = {"peak_bytes": None}
+    if not why_not or job.engine.graphs:  # what is reserved is known of a graph, too
+        peak |= peak_bytes(job.device)
     if why_not:
         nulls |= dict.fromkeys(("peak_bytes", "activations_bytes"), why_not)
         peak["peak_bytes"] = None
