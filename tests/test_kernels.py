@@ -31,14 +31,15 @@ from snnbench.kernels import choice, compiled, native, pointwise, rates, saved
 from snnbench.kernels.choice import choose
 from snnbench.kernels.fused import Kernel, cells, uncells
 from snnbench.kernels.reference import Reference
+from snnbench.measure.memory import saved_bytes
 from snnbench.methods import contract, grad_scale
 from snnbench.methods.bptt import BPTT
 from snnbench.methods.rate import Rate, spikes_and_eligibility
 from snnbench.models.convnet import ConvNet
-from snnbench.models.layer import Layer, TdBatchNorm2d, over_time
+from snnbench.models.layer import Layer, TdBatchNorm2d, applied, over_time
 from snnbench.models.mlp import MLP
 from snnbench.models.resnet import ResNet18, SEWResNet18
-from snnbench.models.vgg import VGG11
+from snnbench.models.vgg import VGG11, VGG11A
 from snnbench.neurons import LIF, SURROGATES, ATan, Sigmoid
 from snnbench.train import train
 from snnbench.training import engine
@@ -312,13 +313,12 @@ def test_cells_and_back():
     assert cells(torch.randn(2, 3, 4)).shape == (2, 3, 4)
 
 
-# --- two synapses, two users, and what is asked of a backend that is complete ------------------
+# --- two synapses, two users, and what a backend may do besides -------------------------------
 
 
 class Plain:
-    """The native backend without what only it can do."""
+    """The native backend with no more than what every backend does."""
 
-    complete = False
     stats, fire = staticmethod(native.stats), staticmethod(native.fire)
     fire_backward = staticmethod(native.fire_backward)
     rate_fire = staticmethod(native.rate_fire)
@@ -809,6 +809,82 @@ def test_an_average_that_learns_keeps_what_its_gradient_needs():
     pool, x_TB = Scaled(), torch.arange(32.0).reshape(2, 1, 1, 4, 4)
     over_time(pool, x_TB).sum().backward()
     assert pool.scale.grad == x_TB.sum() / 4
+
+
+POOLS = [(2, 3, 2, 5, 16), (2, 40, 8, 8, 24), (3, 4, 3, 2, 5), (1, 2, 3, 2, 4), (4, 1, 1, 1, 1)]
+
+
+@needs_native
+@pytest.mark.parametrize(("k", "B", "h", "w", "C"), POOLS)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_pooling_of_the_native_kernel_has_the_bits_of_torch(k, B, h, w, C, layout):
+    torch.manual_seed(0)
+    pool = torch.nn.AvgPool2d(k)
+    x, g = torch.randn(B, C, k * h, k * w), torch.randn(B, C, h, w)
+    x[0, 0, 0, 0] = math.nan
+    found = []
+    for kernel in (Reference(), Kernel("native", native)):
+        leaf = x.contiguous(memory_format=layout).requires_grad_()
+        out = applied(pool, leaf, kernel)
+        out.backward(g)  # a gradient in another layout than the value
+        found.append((out.detach(), leaf.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert found[1][0].is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "pool",
+    [torch.nn.AvgPool2d(3, stride=1, padding=1), torch.nn.AvgPool2d(2, stride=1),
+     torch.nn.AvgPool2d((2, 1)), torch.nn.AvgPool2d(2, divisor_override=3),
+     torch.nn.AvgPool2d(4), torch.nn.AvgPool2d(4, ceil_mode=True)],
+)  # fmt: skip
+def test_windows_that_overlap_or_do_not_cover_are_left_to_torch(pool, monkeypatch):
+    monkeypatch.setattr(native, "average", None)
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(applied(pool, x, Kernel("native", native)), pool(x))
+
+
+@needs_native
+def test_a_pooling_in_another_dtype_is_left_to_torch_and_keeps_nothing():
+    kernel, pool = Kernel("native", native), torch.nn.AvgPool2d(2)
+    for dtype in (torch.float64, torch.bfloat16):
+        x = torch.randn(2, 3, 4, 4, dtype=dtype)
+        assert applied(pool, x, kernel).dtype == dtype
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    assert saved_bytes(lambda: applied(pool, x, kernel), []) == 0
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(applied(pool, x, kernel).sum(), x, create_graph=True)
+
+
+@needs_native
+@pytest.mark.parametrize("method", ["bptt", "rate"])
+def test_a_network_pools_by_its_kernel(method, monkeypatch):
+    """Forward and backward, for all timesteps at once; the reference kernel never does."""
+    calls: list[str] = []
+    for name in ("average", "average_backward"):
+        real = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, n=name, f=real: (calls.append(n), f(*a))[1])
+    net = VGG11A(VGG11A.Config(width=0.0625), (3, 32, 32), 10, LIF())
+    x_B, y_B = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
+    step = registry.find("methods", method).load()()
+    step.backward(net, x_B.expand(2, *x_B.shape), y_B, 0.0)
+    assert calls == []
+    for layer in net.layers().values():
+        layer.kernel = Kernel("native", native)
+    step.backward(net, x_B.expand(2, *x_B.shape), y_B, 0.0)
+    assert calls.count("average") == (8 if method == "rate" else 4)
+    assert calls.count("average_backward") == 4
+
+
+def test_a_gradient_of_a_mean_comes_in_the_dtype_of_the_map():
+    """Under autocast a GPU sums in fp32 what a map in half precision takes."""
+    for op, shape in ((nn.Conv2d(3, 4, 3, padding=1), (2, 3, 5, 5)), (nn.Linear(3, 4), (2, 3))):
+        half = rates.linear(op, torch.randn(shape), torch.bfloat16)
+        g_B = torch.ones(2, 4, *shape[2:])
+        found = rates.back_through(op, g_B, [True] * 3, half.rate_B, half.weight)
+        assert all(grad.dtype == torch.bfloat16 for grad in found)
 
 
 @needs_native

@@ -200,10 +200,10 @@ class Problem:
     def fire(self) -> Tensor:
         return kernel.fire(self.y, self.a, self.b, self.rest, self.decay, self.neuron, self.T)
 
-    def backward(self) -> tuple[Tensor | None, ...]:
+    def backward(self, g2: Tensor | None = None) -> tuple[Tensor | None, ...]:
         return kernel.fire_backward(
             self.g, self.y, self.a, self.b, self.mean, self.rstd, self.rest, self.decay,
-            self.neuron, self.T, self.norm == "batch",
+            self.neuron, self.T, self.norm == "batch", g2,
         )  # fmt: skip
 
     def rate_fire(self) -> tuple[Tensor | None, ...]:
@@ -241,6 +241,13 @@ def check(case: dict[str, Any]) -> None:
     assert (ddecay is None) == (not case["learn_decay"])
     if ddecay is not None:
         close("ddecay", ddecay, p.grad["decay"], exact, scale=p.g.norm().item())
+
+    chosen = torch.rand(p.g.shape, generator=p.draw).to(device) < 0.5
+    whole, p.g = p.g, p.g * chosen
+    in_two = p.backward(g2=guarded(whole * ~chosen))
+    for one, other in zip(in_two, (gy, grest, dweight, dbias, ddecay), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    p.g = whole
 
     again, rate, elig, xhat = p.rate_fire()
     assert torch.equal(again, s)
@@ -339,6 +346,57 @@ def statistics_survive_large_offsets() -> None:
     assert (constant[1] < 1e-12).all()
 
 
+def one_pass_makes_what_batchnorm_makes() -> None:
+    """Constants of the normalisation, and running statistics, as torch has them in float64."""
+    draw = torch.Generator().manual_seed(0)
+    for (T, M, C), share, batch_stats in itertools.product(
+        ((1, 3000, 20), (3, 70, 64), (2, 1, 3)), (0.0, 0.1, 1.0), (True, False)
+    ):
+        y = guarded(torch.randn(T, M, C, generator=draw) * 3 + 2)
+        weight, bias, mean, var = (guarded(torch.rand(C, generator=draw) + 0.5) for _ in range(4))
+        before = [x.double() for x in (mean, var)]
+        wanted = [x.clone() for x in before]
+        count = 4 * M
+        if batch_stats:
+            flat = y.double().flatten(0, 1)
+            found = [flat.mean(0), flat.var(0, correction=0)]
+            unbiased = (found[0], found[1] * count / (count - 1))
+            wanted = [x.lerp(to, share) for x, to in zip(before, unbiased, strict=True)]
+        else:
+            found = before
+        a, b, m, r = kernel.affine(y, weight, bias, (mean, var), EPS, share, count, batch_stats)
+        rstd = torch.rsqrt(found[1] + EPS)
+        close("mean of a", m, found[0], 1e-6)
+        close("rstd", r, rstd, 1e-6)
+        close("a", a, weight * rstd, 1e-6)
+        close("b", b, bias - weight * rstd * found[0], 2e-6)
+        close("running mean", mean, wanted[0], 1e-6)
+        close("running var", var, wanted[1], 1e-6)
+        if share == 0 or not batch_stats:
+            assert torch.equal(mean.double(), before[0])
+            assert torch.equal(var.double(), before[1])
+    mean, var = kernel.stats(y)
+    lone = kernel.affine(y, weight, bias, (None, None), EPS, 0.0, count, True)
+    assert torch.equal(lone[2], mean)
+    assert all(x[:PAD].isnan().all() and x[-PAD:].isnan().all() for x in guards), "out of bounds"
+
+
+def windows_are_averaged() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for (B, h, w, C, k), dtype in itertools.product(
+        ((3, 2, 5, 20, 2), (1, 4, 1, 64, 3), (2, 3, 3, 7, 1)), BOUND
+    ):
+        x = guarded(torch.randn(B, k * h, k * w, C, generator=draw).to(getattr(torch, dtype)))
+        g = guarded(torch.randn(B, h, w, C, generator=draw).to(getattr(torch, dtype)))
+        leaf = x.double().permute(0, 3, 1, 2).requires_grad_()
+        wanted = torch.nn.functional.avg_pool2d(leaf, k)
+        wanted.backward(g.double().permute(0, 3, 1, 2))
+        close("means", kernel.average(x, k), wanted.detach().permute(0, 2, 3, 1), BOUND[dtype])
+        gx = kernel.average_backward(g, k)
+        close("of windows", gx, leaf.grad.permute(0, 2, 3, 1), BOUND[dtype])
+    assert all(x[:PAD].isnan().all() and x[-PAD:].isnan().all() for x in guards), "out of bounds"
+
+
 def long_trains() -> None:
     case = {name: values[0] for name, values in FACTORS.items()}
     check(case | {"T": 32, "size": (20, 16), "norm": "batch", "dtype": "float16"})
@@ -375,8 +433,12 @@ def operators_keep_their_promises() -> None:
         (ops.fire, (p.y, p.a, p.b, p.rest, p.decay, p.T, *neuron)),
         (ops.rate_fire, (*arrays, p.T, *neuron)),
         (ops.rate_fire, (*none, p.T, *neuron)),
-        (ops.fire_backward, (p.g, *arrays, True, p.T, *neuron)),
-        (ops.fire_backward, (p.g, *none, False, p.T, *neuron)),
+        (ops.average, (p.y.view(1, 2, 10, 2), 2)),
+        (ops.average_backward, (p.y.view(1, 2, 5, 4), 2)),
+        (ops.affine, (p.y, p.weight, p.bias, p.mean, p.var, EPS, 0.1, p.y.shape[1], True)),
+        (ops.affine, (p.y, p.weight, p.bias, p.mean, p.var, EPS, 0.0, p.y.shape[1], False)),
+        (ops.fire_backward, (p.g, p.g, *arrays, True, p.T, *neuron)),
+        (ops.fire_backward, (p.g, None, *none, False, p.T, *neuron)),
     ):
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(op.default, args, test_utils=tests)
@@ -404,7 +466,8 @@ def compilation_sees_whole_operators() -> None:
 
 ANYWHERE = (
     ties_are_exact, broken_input_is_never_silent, broken_channel_stays_alone,
-    statistics_survive_large_offsets, long_trains, one_cell, equal_gradients_are_one_tensor,
+    statistics_survive_large_offsets, one_pass_makes_what_batchnorm_makes, long_trains, one_cell,
+    equal_gradients_are_one_tensor, windows_are_averaged,
 )  # fmt: skip
 SPECIAL = (*ANYWHERE, operators_keep_their_promises, compilation_sees_whole_operators)
 
@@ -484,9 +547,13 @@ def plan(T: int, M: int, C: int = 64, dtype: torch.dtype = torch.float16) -> Non
     neuron = T, *kernel._constants(LIF(reset="hard"))
     kernel._stats(y)
     kernel._fire(y, c, c, None, decay, *neuron)
-    kernel._fire_backward(y, y, c, c, c, c, None, decay, True, *neuron)
-    kernel._fire_backward(y, y, c, c, c, c, y, decay, True, *neuron)
-    kernel._fire_backward(y, y, None, None, None, None, None, decay, False, *neuron)
+    kernel._average(torch.empty(M, 4, 8, C, dtype=dtype), 2)
+    kernel._average_backward(torch.empty(M, 2, 4, C, dtype=dtype), 2)
+    kernel._affine(y, c, c, c, c, EPS, 0.1, T * M, True)
+    kernel._fire_backward(y, None, y, c, c, c, c, None, decay, True, *neuron)
+    kernel._fire_backward(y, None, y, c, c, c, c, y, decay, True, *neuron)
+    kernel._fire_backward(y, y, y, c, c, c, c, y, decay, True, *neuron)
+    kernel._fire_backward(y, None, y, None, None, None, None, None, decay, False, *neuron)
     kernel._rate_fire(y, c, c, c, c, None, decay, *neuron)
 
 
@@ -621,7 +688,7 @@ def test_hopper_code(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     plan(T, 512)
-    once = ("moments", "merge", "recentre")  # know nothing of T
+    once = ("moments", "merge", "normalise", "recentre", "average")  # know nothing of T
     for launch in launches:
         name = launch["name"]
         if name in once and T > 4:
@@ -633,12 +700,12 @@ def test_hopper_code(
         ptx = compiled.asm["ptx"]
         loads, stores = (re.findall(rf"{op}\.global\S*", ptx) for op in ("ld", "st"))
         # 16 bytes each; but for the decay, and the sums of a program, which are [C].
-        narrow = {"merge": 0, "moments": 0, "recentre": 0}.get(name, 1)
+        narrow = 0 if name in once else 1
         assert [x for x in loads if not x.endswith("v4.b32")] == ["ld.global.b32"] * narrow
         assert {x for x in stores if not x.endswith("v4.b32")} <= {"st.global.b32"}
-        if name not in ("moments", "merge"):
+        if name not in ("moments", "merge", "normalise"):
             wide = sum(x.endswith("v4.b32") for x in stores)
-            assert wide >= (1 if name == "recentre" else T)
+            assert wide >= (1 if name in once else T)
         if name == "fire":
             # As written, one for the spike and one for the reset: no sum of a membrane was
             # contracted.  The last reset has no effect.
@@ -655,6 +722,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if why := kernel.unavailable(torch.device("cuda")):
         pytest.skip(why)
     monkeypatch.setattr(sys.modules[__name__], "device", "cuda")
+    monkeypatch.setattr(kernel, "PICKS", kernel.PICKS[:1])  # to time others is to compile them
     guards.clear()
     for name, new in ALLOCATORS.items():
         monkeypatch.setattr(kernel, name, poisoned(new))

@@ -12,13 +12,14 @@ The arithmetic is that of a backend, a module with these functions on contiguous
     rate_fire(y, a, b, mean, rstd, rest, decay, neuron, T)         s, rate, elig, xhat
 
 x = a y + b + rest is the input current; xhat = (y - mean) rstd.  Membranes, statistics and sums
-are fp32 whatever the dtype of y.  A backend that is `complete` does more in the same passes:
+are fp32 whatever the dtype of y.  A backend may do more in the same passes:
 
     affine(y, weight, bias, running, eps, share, count, batch_stats)
                                                        a, b, mean, rstd: [4, C]
     rate_backward(g, elig, xhat, a, rested, batch_stats)           gradients through time-means
-    fire, fire_backward    normalise the rest as well, and take the gradient in two parts, one for
-                           each user of the spikes
+    takes_two             fire_backward adds up two gradients, one for each user of the spikes
+    normalises_rest       fire and fire_backward normalise the rest as well
+    average_dtypes        of arrays that it pools, as `pooling` says
 
 With any other these are torch operations around the backend.
 """
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from snnbench.kernels import rates
+from snnbench.kernels import pooling, rates
 from snnbench.kernels.rates import Current, cells, uncells, unpixels
 from snnbench.kernels.reference import Reference
 from snnbench.neurons import LIF, ReLU, wide
@@ -66,7 +67,8 @@ class Kernel(Reference):
     def __init__(self, name: str, backend: Any) -> None:
         super().__init__()
         self.name, self.backend = name, backend
-        self.complete = getattr(backend, "complete", False)
+        self.takes_two = getattr(backend, "takes_two", False)
+        self.normalises_rest = getattr(backend, "normalises_rest", False)
         self.most_T = getattr(backend, "MOST_T", math.inf)
 
     def fuses(self, neuron: LIF | ReLU | None, dtype: torch.dtype, T: int) -> bool:
@@ -87,7 +89,7 @@ class Kernel(Reference):
             return super().fire(neuron, y_TB, norm, rest_TB, T, rest_norm)
         assert isinstance(neuron, LIF)
         self.steps[self.name] += 1
-        if rest_norm is not None and (norm is None or not self.complete):
+        if rest_norm is not None and (norm is None or not self.normalises_rest):
             assert rest_TB is not None
             rest_TB, rest_norm = normalised(rest_norm, rest_TB), None
         if norm is None and rest_TB is not None:
@@ -98,7 +100,7 @@ class Kernel(Reference):
         if rest_norm is not None:
             assert rest_TB is not None
             by = self._affine(rest_norm, cells(rest_TB.detach()), T)
-        twins = self.complete and torch.is_grad_enabled()
+        twins = self.takes_two and torch.is_grad_enabled()
         plan = Plan(self.backend, neuron, T, y, affine, by, twins)
         parameters = (None if of is None else (of.weight, of.bias) for of in (affine, by))
         (weight, bias), (rest_weight, rest_bias) = (pair or (None, None) for pair in parameters)
@@ -115,6 +117,13 @@ class Kernel(Reference):
         """The same spikes for their second user, whose gradient then needs no sum of its own."""
         twin_TB: Tensor = getattr(x_TB, "twin_TB", x_TB)
         return twin_TB
+
+    def average(self, pool: nn.AvgPool2d, x_B: Tensor) -> Tensor:
+        """What a pooling makes of its input."""
+        k = pooling.window(pool, x_B)
+        if k is None or x_B.dtype not in getattr(self.backend, "average_dtypes", ()):
+            return super().average(pool, x_B)
+        return pooling.average(x_B, k, self.backend)
 
     def linear(self, op: nn.Conv2d | nn.Linear, rate_B: Tensor, dtype: torch.dtype) -> Current:
         """What a map makes of a mean input, without computing it."""
@@ -143,7 +152,7 @@ class Kernel(Reference):
         s, rate, elig, xhat = self.backend.rate_fire(y, *constants, rest, decay, neuron, T)
         found = Rates(uncells(s, shape), unpixels(rate, shape), elig, xhat, affine)
         weight, bias = (None, None) if affine is None else (affine.weight, affine.bias)
-        back = self.backend.rate_backward if self.complete else rates.step_backward
+        back = getattr(self.backend, "rate_backward", rates.step_backward)
         s_TB, s_TB.rate_B = rates.Step.apply(*c, rest_B, weight, bias, found, back)
         out_TB: Tensor = s_TB
         return out_TB
@@ -173,9 +182,10 @@ class Kernel(Reference):
         if batch_stats and count == 1:
             raise ValueError("BatchNorm: expected more than 1 value per channel when training")
         with torch.no_grad():
-            if self.complete and all(map(_plain, running)):
+            in_one = getattr(self.backend, "affine", None)
+            if in_one is not None and all(map(_plain, running)):
                 share = counted(norm) if norm.training else 0.0
-                a, b, mean, rstd = self.backend.affine(
+                a, b, mean, rstd = in_one(
                     y, weight, bias, running, norm.eps, share, count, batch_stats
                 ).unbind()
                 return Affine(weight, bias, a, b, mean, rstd, batch_stats)

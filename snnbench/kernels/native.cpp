@@ -631,6 +631,47 @@ void rate_backward(const float* g, const float* elig, const float* xhat, const f
   });
 }
 
+// Means of k x k windows, of x [rows k, w k, C]: in torch's order, so with the same bits.
+void average(const float* x, int64_t rows, int64_t w, int64_t C, int64_t k, float* out,
+             int64_t threads) {
+  const float windows = static_cast<float>(k * k);
+  parallel(threads, rows, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin * w; i < end * w; ++i) {
+      const float* __restrict from = x + (i / w * k * w + i % w) * k * C;
+      float* __restrict to = out + i * C;
+      if (k == 2) {
+        const float* __restrict below = from + 2 * w * C;
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c)
+          to[c] = (((from[c] + from[C + c]) + below[c]) + below[C + c]) / windows;
+        continue;
+      }
+      std::fill(to, to + C, 0.f);
+      for (int64_t a = 0; a < k; ++a)
+        for (int64_t b = 0; b < k * C; b += C)
+#pragma omp simd
+          for (int64_t c = 0; c < C; ++c) to[c] += from[a * k * w * C + b + c];
+      for (int64_t c = 0; c < C; ++c) to[c] /= windows;
+    }
+  });
+}
+
+void average_backward(const float* g, int64_t rows, int64_t w, int64_t C, int64_t k, float* out,
+                      int64_t threads) {
+  const float windows = static_cast<float>(k * k);
+  parallel(threads, rows, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t a = 0; a < k; ++a)
+        for (int64_t j = 0; j < w; ++j) {
+          const float* __restrict from = g + (i * w + j) * C;
+          float* __restrict to = out + ((i * k + a) * w + j) * k * C;
+          for (int64_t b = 0; b < k * C; b += C)
+#pragma omp simd
+            for (int64_t c = 0; c < C; ++c) to[b + c] = from[c] / windows;
+        }
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -675,6 +716,16 @@ void snn_rate_backward(const float* g, const float* elig, const float* xhat, con
                        int64_t batch_stats, int64_t threads) {
   const MeanGrads out{gc, gz, dweight, dbias};
   rate_backward(g, elig, xhat, a, M, C, out, batch_stats != 0, threads);
+}
+
+void snn_average(const float* x, int64_t rows, int64_t w, int64_t C, int64_t k, float* out,
+                 int64_t threads) {
+  average(x, rows, w, C, k, out, threads);
+}
+
+void snn_average_backward(const float* g, int64_t rows, int64_t w, int64_t C, int64_t k, float* out,
+                          int64_t threads) {
+  average_backward(g, rows, w, C, k, out, threads);
 }
 
 }  // extern "C"

@@ -23,7 +23,8 @@ from torch import Tensor
 from snnbench.neurons import LIF
 from snnbench.spec import digest
 
-complete = True  # every function of `fused`
+takes_two = normalises_rest = True
+average_dtypes = (torch.float32,)
 source = "C++ with OpenMP, one pass forward and one backward over all timesteps"
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -250,6 +251,25 @@ def rate_backward(
     return gc, gc if rested and gz is None else gz, gweight, gbias
 
 
+def average(x: Tensor, k: int) -> Tensor:
+    """Means of k x k windows of x [B, k h, k w, C], as [B, h, w, C]."""
+    B, H, W, C = x.shape
+    out = torch.empty(B, H // k, W // k, C)
+    sizes = B * (H // k), W // k, C, k
+    library().snn_average(x.data_ptr(), *sizes, out.data_ptr(), _threads(x.numel()))
+    return out
+
+
+def average_backward(g: Tensor, k: int) -> Tensor:
+    """Gradient of x [B, k h, k w, C] for that of the means g [B, h, w, C]."""
+    B, h, w, C = g.shape
+    out = torch.empty(B, k * h, k * w, C)
+    library().snn_average_backward(
+        g.data_ptr(), B * h, w, C, k, out.data_ptr(), _threads(out.numel())
+    )
+    return out
+
+
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
     """Addresses; the caller keeps the tensors alive."""
     return [None if t is None else t.data_ptr() for t in tensors]
@@ -295,6 +315,8 @@ def _declared(code: Any) -> Any:
         ("backward", "ppppppppppppnpnnnppppppnn"),
         ("rate_fire", "ppppppnpnnnppppn"),
         ("rate_backward", "ppppnnppppnn"),
+        ("average", "pnnnnpn"),
+        ("average_backward", "pnnnnpn"),
     ):
         function = getattr(code, f"snn_{name}")
         function.argtypes = [ctypes.c_void_p if k == "p" else ctypes.c_int64 for k in kinds]

@@ -57,6 +57,7 @@ def back_through(
     """Gradients of a map's input, weight and bias as far as wanted, for that of its output."""
     if op is None:
         return g_B, None, None
+    g_B = g_B.to(weight.dtype)  # under autocast a GPU sums in fp32
     if isinstance(op, nn.Conv2d):
         return conv_gradients(op, rate_B, weight, g_B, wanted)
     rows = g_B.flatten(0, -2)

@@ -37,6 +37,11 @@ class Reference:
         """An input of several layers, as the second of them gets it."""
         return x_TB
 
+    def average(self, pool: nn.AvgPool2d, x_B: Tensor) -> Tensor:
+        """What a pooling makes of its input."""
+        out_B: Tensor = pool(x_B)
+        return out_B
+
     def rate_of(self, x_TB: Tensor) -> Tensor:
         """The time-mean of an input."""
         return x_TB.mean(0)

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from snnbench.neurons import LIF, ATan, Rectangle, Sigmoid, Tanh, Triangle
 
+takes_two = True  # gradients of spikes with two users
+average_dtypes = (torch.float32, torch.float16, torch.bfloat16)
 source = "Triton, one pass forward and one or two backward over all timesteps"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -94,6 +96,20 @@ def stats(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def affine(
+    y: Tensor, weight: Tensor, bias: Tensor, running: tuple[Given, Given], eps: float,
+    share: float, count: int, batch_stats: bool,
+) -> Tensor:  # fmt: skip
+    """a, b, mean, rstd, [4, C], of a BatchNorm of y [Ty, M, C]; `count` values a channel.
+
+    The running mean and variance move by `share` towards those of the batch, in place.
+    """
+    out: Tensor = torch.ops.snnbench.affine.default(
+        y, weight, bias, *running, eps, share, count, batch_stats
+    )
+    return out
+
+
 def fire(y: Tensor, a: Given, b: Given, rest: Given, decay: Tensor, neuron: LIF, T: int) -> Tensor:
     """Spikes [T, M, C], in the dtype of y; NaN from where on a membrane is not finite."""
     s: Tensor = torch.ops.snnbench.fire.default(y, a, b, rest, decay, T, *_constants(neuron))
@@ -102,16 +118,17 @@ def fire(y: Tensor, a: Given, b: Given, rest: Given, decay: Tensor, neuron: LIF,
 
 def fire_backward(
     g: Tensor, y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given,
-    decay: Tensor, neuron: LIF, T: int, batch_stats: bool,
+    decay: Tensor, neuron: LIF, T: int, batch_stats: bool, g2: Given = None,
 ) -> tuple[Tensor, Given, Given, Given, Given]:  # fmt: skip
     """Gradients of y, rest, weight, bias and decay for the spikes' gradient g [T, M, C].
 
-    The gradients of y and rest are in their dtypes, and may be one and the same tensor; those of
-    weight and bias are None without a, that of the decay is None unless it is learned.  With
-    `batch_stats`, mean and rstd depend on y, and its gradient flows through them too.
+    It is g + g2 where they have two users.  The gradients of y and rest are in their dtypes, and
+    may be one and the same tensor; those of weight and bias are None without a, that of the decay
+    is None unless it is learned.  With `batch_stats`, mean and rstd depend on y, and its gradient
+    flows through them too.
     """
     out = torch.ops.snnbench.fire_backward.default(
-        g, y, a, b, mean, rstd, rest, decay, batch_stats, T, *_constants(neuron)
+        g, g2, y, a, b, mean, rstd, rest, decay, batch_stats, T, *_constants(neuron)
     )
     gy = out[0]
     grest = None if rest is None else gy if _twins(y, a, rest, T) else out[1]
@@ -132,6 +149,18 @@ def rate_fire(
         y, a, b, mean, rstd, rest, decay, T, *_constants(neuron)
     )
     return s, rate, elig, xhat[0] if xhat else None
+
+
+def average(x: Tensor, k: int) -> Tensor:
+    """Means of k x k windows of x [B, k h, k w, C], as [B, h, w, C]."""
+    out: Tensor = torch.ops.snnbench.average.default(x, k)
+    return out
+
+
+def average_backward(g: Tensor, k: int) -> Tensor:
+    """Gradient of x [B, k h, k w, C] for that of the means g [B, h, w, C]."""
+    out: Tensor = torch.ops.snnbench.average_backward.default(g, k)
+    return out
 
 
 def _constants(neuron: LIF) -> tuple[list[bool], str, list[float]]:
@@ -164,6 +193,10 @@ def _new_stats(y: Tensor) -> Tensor:
     return y.new_empty((2, y.shape[2]), dtype=torch.float32)
 
 
+def _new_affine(y: Tensor, *norm: Any) -> Tensor:
+    return y.new_empty((4, y.shape[2]), dtype=torch.float32)
+
+
 def _new_spikes(
     y: Tensor, a: Given, b: Given, rest: Given, decay: Tensor, T: int, *neuron: Any
 ) -> Tensor:
@@ -171,7 +204,7 @@ def _new_spikes(
 
 
 def _new_gradients(
-    g: Tensor, y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given,
+    g: Tensor, g2: Given, y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given,
     decay: Tensor, batch_stats: bool, T: int, form: Form, *neuron: Any,
 ) -> list[Tensor]:  # fmt: skip
     """gy; grest unless it is gy; sums [Q, C] of bias and weight if there is a, of a decay."""
@@ -193,6 +226,16 @@ def _new_rates(
     return [y.new_empty((T, *cells)), y.new_empty(cells), *wide]
 
 
+def _new_means(x: Tensor, k: int) -> Tensor:
+    B, H, W, C = x.shape
+    return x.new_empty((B, H // k, W // k, C))
+
+
+def _new_windows(g: Tensor, k: int) -> Tensor:
+    B, h, w, C = g.shape
+    return g.new_empty((B, k * h, k * w, C))
+
+
 def _twins(y: Tensor, a: Given, rest: Tensor, T: int) -> bool:
     """Whether y and rest have the same gradient."""
     return a is None and y.shape[0] == T and rest.dtype == y.dtype
@@ -206,15 +249,39 @@ def _sums(a: Given, form: Form) -> int:
 
 
 def _stats(y: Tensor) -> Tensor:
+    parts, rows = _moments(y)
+    out = _new_stats(y)
+    _launch("merge", MERGE, (parts, out), (rows[0], *parts.shape[:0:-1]), programs=1, ROWS=rows[1])
+    return out
+
+
+def _affine(
+    y: Tensor, weight: Tensor, bias: Tensor, running_mean: Given, running_var: Given, eps: float,
+    share: float, count: int, batch_stats: bool,
+) -> Tensor:  # fmt: skip
+    C, out, running = y.shape[2], _new_affine(y), (running_mean, running_var)
+    parts, (rows, of_part), P = None, (1, 1), 0
+    if batch_stats:
+        parts, (rows, of_part) = _moments(y)
+        P = parts.shape[1]
+    numbers = (rows, C, P, float(eps), float(share), count / max(1, count - 1))
+    update = batch_stats and share > 0 and running_mean is not None
+    if batch_stats and not update:
+        running = None, None
+    _launch("normalise", MERGE, (parts, weight, bias, *running, out), numbers, programs=1,
+            UPDATE=update, ROWS=of_part)  # fmt: skip
+    return out
+
+
+def _moments(y: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Moments [2, parts, C] of some rows each; how many rows there are, and how many in a part."""
     assert y.is_contiguous()
     Ty, M, C = y.shape
     tile, steps = _stream(C, Ty)
     rows = tile.BM * steps
     parts = y.new_empty((2, _blocks(Ty * M, rows), C), dtype=torch.float32)
-    out = _new_stats(y)
     _launch("moments", tile, (y, parts), (Ty * M, C), STEPS=steps)
-    _launch("merge", MERGE, (parts, out), (Ty * M, C, parts.shape[1]), programs=1, ROWS=rows)
-    return out
+    return parts, (Ty * M, rows)
 
 
 def _fire(
@@ -233,12 +300,12 @@ def _fire(
 
 
 def _fire_backward(
-    g: Tensor, y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given,
+    g: Tensor, g2: Given, y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given,
     decay: Tensor, batch_stats: bool, T: int, form: Form, surrogate: str, levels: Levels,
 ) -> list[Tensor]:  # fmt: skip
-    assert _fits(y, T, rest, g)
+    assert _fits(y, T, rest, g, g2)
     Ty, M, C = y.shape
-    out = _new_gradients(g, y, a, b, mean, rstd, rest, decay, batch_stats, T, form)
+    out = _new_gradients(g, g2, y, a, b, mean, rstd, rest, decay, batch_stats, T, form)
     gy = out[0]
     grest = None if rest is None or _twins(y, a, rest, T) else out[1]
     hard, detached, strict, decay_input, learn_decay = form
@@ -252,7 +319,7 @@ def _fire_backward(
     by_rest = centred and rest is not None and Ty == T
     _launch(
         "fire_backward", tile,
-        (g, y, a, b, mean, rstd, rest, decay, None if by_rest else gy, grest, parts),
+        (g, g2, y, a, b, mean, rstd, rest, decay, None if by_rest else gy, grest, parts),
         (M, C, *levels),
         T=T, STEM=Ty < T, HARD=hard, DETACHED=detached, STRICT=strict, DECAY_INPUT=decay_input,
         LEARN_DECAY=learn_decay, SURROGATE=surrogate,
@@ -281,6 +348,26 @@ def _rate_fire(
         DECAY_INPUT=decay_input, SURROGATE=surrogate,
     )  # fmt: skip
     return out
+
+
+def _average(x: Tensor, k: int) -> Tensor:
+    out = _new_means(x, k)
+    _pool(x, out, k, backward=False)
+    return out
+
+
+def _average_backward(g: Tensor, k: int) -> Tensor:
+    out = _new_windows(g, k)
+    _pool(out, g, k, backward=True)
+    return out
+
+
+def _pool(windows: Tensor, means: Tensor, k: int, backward: bool) -> None:
+    assert windows.is_contiguous()
+    assert means.is_contiguous()
+    *of_means, C = means.shape
+    numbers = (math.prod(of_means), C, of_means[-1])
+    _launch("average", tile_of(C, PICKS[0]), (windows, means), numbers, K=k, BACKWARD=backward)
 
 
 def _fits(y: Tensor, T: int, *others: Given) -> bool:
@@ -406,6 +493,13 @@ def _register(name: str, schema: str, run: Callable[..., Any], new: Callable[...
 
 _register("stats", "(Tensor y) -> Tensor", _stats, _new_stats)
 _register(
+    "affine",
+    "(Tensor y, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "float eps, float share, int count, bool batch_stats) -> Tensor",
+    _affine,
+    _new_affine,
+)
+_register(
     "fire",
     f"(Tensor y, Tensor? a, Tensor? b, Tensor? rest, Tensor decay, {_NEURON}) -> Tensor",
     _fire,
@@ -415,7 +509,9 @@ _ARRAYS = "Tensor y, Tensor? a, Tensor? b, Tensor? mean, Tensor? rstd, Tensor? r
 _register("rate_fire", f"({_ARRAYS}, {_NEURON}) -> Tensor[]", _rate_fire, _new_rates)
 _register(
     "fire_backward",
-    f"(Tensor g, {_ARRAYS}, bool batch_stats, {_NEURON}) -> Tensor[]",
+    f"(Tensor g, Tensor? g2, {_ARRAYS}, bool batch_stats, {_NEURON}) -> Tensor[]",
     _fire_backward,
     _new_gradients,
 )
+_register("average", "(Tensor x, int k) -> Tensor", _average, _new_means)
+_register("average_backward", "(Tensor g, int k) -> Tensor", _average_backward, _new_windows)

@@ -28,7 +28,7 @@ AHEAD = tl.constexpr(4)  # timesteps that are read before they are needed
 
 def code(function: Callable[..., Any]) -> Any:
     """The function as Triton code; another M (a short last batch) never compiles it anew."""
-    return triton.jit(function, do_not_specialize=["M", "P"])
+    return triton.jit(function, do_not_specialize=["M", "P", "W", "share", "unbiased"])
 
 
 # --- one timestep -----------------------------------------------------------------------------
@@ -210,18 +210,19 @@ def rate_fire(
 
 @code
 def fire_backward(
-    g_ptr: tl.tensor, y_ptr: tl.tensor, a_ptr: tl.tensor, b_ptr: tl.tensor, mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor, rest_ptr: tl.tensor, decay_ptr: tl.tensor, gy_ptr: tl.tensor,
-    grest_ptr: tl.tensor, sums_ptr: tl.tensor, M: tl.tensor, C: tl.tensor, v_th: tl.tensor,
-    drop: tl.tensor, p: tl.tensor, q: tl.tensor, T: tl.constexpr, STEM: tl.constexpr,
-    HARD: tl.constexpr, DETACHED: tl.constexpr, STRICT: tl.constexpr, DECAY_INPUT: tl.constexpr,
-    LEARN_DECAY: tl.constexpr, SURROGATE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    g_ptr: tl.tensor, g2_ptr: tl.tensor, y_ptr: tl.tensor, a_ptr: tl.tensor, b_ptr: tl.tensor,
+    mean_ptr: tl.tensor, rstd_ptr: tl.tensor, rest_ptr: tl.tensor, decay_ptr: tl.tensor,
+    gy_ptr: tl.tensor, grest_ptr: tl.tensor, sums_ptr: tl.tensor, M: tl.tensor, C: tl.tensor,
+    v_th: tl.tensor, drop: tl.tensor, p: tl.tensor, q: tl.tensor, T: tl.constexpr,
+    STEM: tl.constexpr, HARD: tl.constexpr, DETACHED: tl.constexpr, STRICT: tl.constexpr,
+    DECAY_INPUT: tl.constexpr, LEARN_DECAY: tl.constexpr, SURROGATE: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,
 ) -> None:  # fmt: skip
     """Gradients gx of the currents, as grest and as gy = a gx, and every program's sums of them.
 
-    gy is without what flows through statistics of the batch: that is up to `recentre`.  sums is
-    [Q, programs, C]: the gradients of bias and weight if there is a_ptr, of the decay if it
-    learns.  gy_ptr, grest_ptr and sums_ptr may be None.
+    The spikes' gradient is g, or g + g2.  gy is without what flows through statistics of the batch:
+    that is up to `recentre`.  sums is [Q, programs, C]: the gradients of bias and weight if there
+    is a_ptr, of the decay if it learns.  g2_ptr, gy_ptr, grest_ptr and sums_ptr may be None.
     """
     at, inside, c, known = _tile(tl.program_id(0) * BM, M, C, BM, BC)
     step = M.to(tl.int64) * C
@@ -240,6 +241,7 @@ def fire_backward(
         v_pre_T += (v_pre,)
     # Read ahead: no load is moved up past a store, since for all that is known they overlap.
     g_T = tl.tuple(())  # from the last on
+    g2_T = tl.tuple(())
     bias_sum = tl.zeros((BM, BC), tl.float32)
     weight_sum = tl.zeros((BM, BC), tl.float32)
     decay_sum = tl.zeros((BM, BC), tl.float32)
@@ -248,9 +250,13 @@ def fire_backward(
     for t in tl.static_range(T - 1 + AHEAD, -1, -1):
         if t >= AHEAD:
             g_T += (_read(g_ptr, at + (t - AHEAD) * step, inside),)
+            if g2_ptr is not None:
+                g2_T += (_read(g2_ptr, at + (t - AHEAD) * step, inside),)
         if t < T:
             h = _surrogate(v_pre_T[t] - v_th, p, q, SURROGATE)
             g = g_T[T - 1 - t].to(tl.float32)
+            if g2_ptr is not None:
+                g += g2_T[T - 1 - t].to(tl.float32)
             gv_pre = _through(gv, g, h, v_pre_T[t], v_th, drop, HARD, DETACHED, STRICT)
             gv = decay * gv_pre
             gx = gv if DECAY_INPUT else gv_pre
@@ -345,11 +351,11 @@ def moments(
 
 
 @code
-def merge(
-    parts_ptr: tl.tensor, out_ptr: tl.tensor, M: tl.tensor, C: tl.tensor, P: tl.tensor,
-    ROWS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-) -> None:  # fmt: skip
-    """Mean and biased variance of M rows, out [2, C], from the moments of P times ROWS of them.
+def _merged(
+    parts_ptr: tl.tensor, M: tl.tensor, C: tl.tensor, P: tl.tensor, ROWS: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Mean and biased variance [BC] of M rows, from the moments of P times ROWS of them.
 
     A program reads all parts of its channels, BM at a time; the grid is [1, channel blocks].
     """
@@ -371,6 +377,77 @@ def merge(
         within = tl.load(parts_ptr + P * C + at, mask=inside, other=0.0)
         square += tl.where(inside, tl.fma(far * far, rows[:, None], within), 0.0)
         part += BM
+    return centre, tl.sum(square, 0) / M
+
+
+@code
+def merge(
+    parts_ptr: tl.tensor, out_ptr: tl.tensor, M: tl.tensor, C: tl.tensor, P: tl.tensor,
+    ROWS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+) -> None:  # fmt: skip
+    """Mean and biased variance of M rows, out [2, C]."""
+    mean, var = _merged(parts_ptr, M, C, P, ROWS, BM, BC)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    tl.store(out_ptr + c, centre, mask=c < C)
-    tl.store(out_ptr + C + c, tl.sum(square, 0) / M, mask=c < C)
+    tl.store(out_ptr + c, mean, mask=c < C)
+    tl.store(out_ptr + C + c, var, mask=c < C)
+
+
+@code
+def normalise(
+    parts_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, running_mean_ptr: tl.tensor,
+    running_var_ptr: tl.tensor, out_ptr: tl.tensor, M: tl.tensor, C: tl.tensor, P: tl.tensor,
+    eps: tl.tensor, share: tl.tensor, unbiased: tl.tensor, UPDATE: tl.constexpr,
+    ROWS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+) -> None:  # fmt: skip
+    """a, b, mean and rstd of a BatchNorm, out [4, C], by the M rows, or by the running ones.
+
+    The latter without parts_ptr.  With UPDATE they move by their share towards those of the rows.
+    """
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    known = c < C
+    if parts_ptr is None:
+        mean = tl.load(running_mean_ptr + c, mask=known, other=0.0)
+        var = tl.load(running_var_ptr + c, mask=known, other=0.0)
+    else:
+        mean, var = _merged(parts_ptr, M, C, P, ROWS, BM, BC)
+    if UPDATE:
+        old = tl.load(running_mean_ptr + c, mask=known, other=0.0)
+        tl.store(running_mean_ptr + c, old + share * (mean - old), mask=known)
+        old = tl.load(running_var_ptr + c, mask=known, other=0.0)
+        tl.store(running_var_ptr + c, old + share * (var * unbiased - old), mask=known)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    a = tl.load(weight_ptr + c, mask=known, other=0.0) * rstd
+    b = tl.fma(-a, mean, tl.load(bias_ptr + c, mask=known, other=0.0))
+    tl.store(out_ptr + c, a, mask=known)
+    tl.store(out_ptr + C + c, b, mask=known)
+    tl.store(out_ptr + 2 * C + c, mean, mask=known)
+    tl.store(out_ptr + 3 * C + c, rstd, mask=known)
+
+
+# --- pooling ----------------------------------------------------------------------------------
+
+
+@code
+def average(
+    x_ptr: tl.tensor, out_ptr: tl.tensor, M: tl.tensor, C: tl.tensor, W: tl.tensor,
+    K: tl.constexpr, BACKWARD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+) -> None:  # fmt: skip
+    """Means of K x K windows, W in a row: x [M windows of K K sites, C] to out [M, C].
+
+    BACKWARD, the gradient of the windows for that of the means, from out_ptr to x_ptr.
+    """
+    at, inside, _, _ = _tile(tl.program_id(0) * BM, M, C, BM, BC)
+    m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    site = (m // W) * (K * K * W) + (m % W) * K  # the first of a window
+    total = tl.zeros((BM, BC), tl.float32)
+    if BACKWARD:
+        total = tl.load(out_ptr + at, mask=inside, other=0.0).to(tl.float32) / (K * K)
+    for i in tl.static_range(K * K):
+        there = (site + (i // K) * K * W + i % K)[:, None] * C + c[None, :]
+        if BACKWARD:
+            tl.store(x_ptr + there, total.to(x_ptr.dtype.element_ty), mask=inside)
+        else:
+            total += tl.load(x_ptr + there, mask=inside, other=0.0).to(tl.float32)
+    if not BACKWARD:
+        tl.store(out_ptr + at, (total / (K * K)).to(out_ptr.dtype.element_ty), mask=inside)

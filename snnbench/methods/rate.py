@@ -203,7 +203,7 @@ def both(parts: list[nn.Module], x_TB: Tensor, kernel: Any) -> tuple[Tensor, Cur
                 values_TB[-1] = value_TB = value_TB.expand(len(x_TB), *value_TB.shape[1:])
             elif isinstance(part, nn.MaxPool2d) and len(value_TB) > 1:
                 raise ValueError("max pooling of input that varies in time has no rate gradient")
-            value_TB = over_time(part, value_TB)
+            value_TB = over_time(part, value_TB, kernel)
             values_TB.append(value_TB[:1] if still else value_TB)
     c = Current(kernel.rate_of(x_TB))
     for i, part in enumerate(parts):
@@ -213,7 +213,7 @@ def both(parts: list[nn.Module], x_TB: Tensor, kernel: Any) -> tuple[Tensor, Cur
         elif isinstance(part, nn.Conv2d | nn.Linear):
             c = kernel.linear(part, rate_B, values_TB[i + 1].dtype)
         else:
-            c = Current(applied(part, rate_B))
+            c = Current(applied(part, rate_B, kernel))
     return values_TB[-1], c
 
 

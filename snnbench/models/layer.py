@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,17 +26,26 @@ Run = Callable[..., Tensor]
 Apply = Callable[[nn.Module, Tensor], Tensor]
 
 
-def over_time(module: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
+def over_time(
+    module: Callable[[Tensor], Tensor], x_TB: Tensor, kernel: Reference | None = None
+) -> Tensor:
     """Apply a stateless module to all timesteps at once: [T, B, ...] -> [T, B, ...]."""
-    out = applied(module, x_TB.flatten(0, 1))
+    out = applied(module, x_TB.flatten(0, 1), kernel)
     return out.view(*x_TB.shape[:2], *out.shape[1:])
 
 
-def applied(module: Callable[[Tensor], Tensor], x_B: Tensor) -> Tensor:
-    """Apply a stateless module to a batch, keeping no more of it than its gradient needs."""
+def applied(
+    module: Callable[[Tensor], Tensor], x_B: Tensor, kernel: Reference | None = None
+) -> Tensor:
+    """Apply a stateless module to a batch, keeping no more of it than its gradient needs.
+
+    A kernel may have code of its own for an average; without any, torch's is used.
+    """
     # A subclass may save what its gradient does need.
     average = type(module) in (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
     with shapes_only() if average else nullcontext():
+        if kernel is not None and type(module) is nn.AvgPool2d:
+            return kernel.average(module, x_B)
         return module(x_B)
 
 
@@ -83,13 +93,14 @@ class Layer(nn.Module):
             return self.current(*x_TB, apply=apply)
         first, *others = self.synapses
         (parts, norm), T = normed(first), len(x_TB[0])
-        y_TB = through(parts, frames(x_TB[0]), apply)
+        y_TB = through(parts, frames(x_TB[0]), apply, self.kernel)
         rest_TB, rest_norm = self._rest(others, x_TB[1:], apply)
         # A method's own way through the weights may round otherwise than the recipe would; and a
         # norm that is not fused would count a batch twice.
-        again = apply is over_time and not any(isinstance(p, nn.BatchNorm2d) for p in parts)
-        if self.keeper is not None and again and torch.is_grad_enabled():
-            self.keeper.output(y_TB, lambda x: through(parts, x, over_time), frames(x_TB[0]))
+        same = apply is over_time and not any(isinstance(p, nn.BatchNorm2d) for p in parts)
+        if self.keeper is not None and same and torch.is_grad_enabled():
+            again = partial(through, parts, apply=over_time, kernel=self.kernel)
+            self.keeper.output(y_TB, again, frames(x_TB[0]))
         s_TB = self.kernel.fire(self.neuron, y_TB, norm, rest_TB, T, rest_norm)
         if self.keeper is not None and isinstance(self.physics, LIF):
             self.keeper.spikes(s_TB)
@@ -102,13 +113,14 @@ class Layer(nn.Module):
         inputs = [self.kernel.twin(x) for x in x_TB]
         if len(inputs) == len(synapses) == 1:
             parts, norm = normed(synapses[0])
-            return through(parts, inputs[0], apply), norm
-        rest = [through(f, x, apply) for f, x in zip(synapses, inputs, strict=True)]
+            return through(parts, inputs[0], apply, self.kernel), norm
+        rest = [through(f, x, apply, self.kernel) for f, x in zip(synapses, inputs, strict=True)]
         return (sum(rest[1:], start=rest[0]) if rest else None), None
 
     def current(self, *x_TB: Tensor, apply: Apply = over_time) -> Tensor:
         """Input current c_TB: one input per synapse."""
-        first, *rest = (through(f, x, apply) for f, x in zip(self.synapses, x_TB, strict=True))
+        currents = zip(self.synapses, x_TB, strict=True)
+        first, *rest = (through(f, x, apply, self.kernel) for f, x in currents)
         return sum(rest, start=first)
 
 
@@ -125,13 +137,15 @@ def normed(synapse: nn.Module) -> tuple[list[nn.Module], nn.BatchNorm2d | None]:
     return [*parts, last], None
 
 
-def through(parts: nn.Module | list[nn.Module], x_TB: Tensor, apply: Apply) -> Tensor:
+def through(
+    parts: nn.Module | list[nn.Module], x_TB: Tensor, apply: Apply, kernel: Reference
+) -> Tensor:
     """What the modules of a synapse make of its input."""
     for part in parts if isinstance(parts, list) else parts_of(parts):
         if isinstance(part, nn.Identity):
             continue
         weights = isinstance(part, nn.Conv2d | nn.Linear)
-        x_TB = apply(part, x_TB) if weights else over_time(part, x_TB)
+        x_TB = apply(part, x_TB) if weights else over_time(part, x_TB, kernel)
     return x_TB
 
 
