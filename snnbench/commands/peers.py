@@ -13,7 +13,10 @@ from snnbench.errors import ExitCode
 
 def peers(
     net: Annotated[
-        list[str] | None, typer.Option("--net", help="vgg11, resnet18 or digits; default: all.")
+        list[str] | None,
+        typer.Option(
+            "--net", help="vgg11, resnet18, digits (default: these), or one layer: lif, bn-lif."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds, forwards and backwards in turn.")] = 7,
     steps: Annotated[int, typer.Option(help="Training steps of one turn, at least.")] = 3,
@@ -23,6 +26,9 @@ def peers(
         str | None, typer.Option(help="Contestants, as ours:auto+cl+ma,norse:step.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    timeout: Annotated[
+        float, typer.Option(help="Seconds after which a contestant that compiles is given up.")
+    ] = 900,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the tables and the report.")
     ] = Path("peers"),
@@ -36,6 +42,7 @@ def peers(
     settings = bench.Settings(
         nets=tuple(net or bench.NETS), rounds=rounds, steps=steps, T=T, batch=batch,
         only=tuple(only.split(",")) if only else (), device=device,
+        timeout_s=timeout,
     )  # fmt: skip
     results = bench.compare(settings, output, console.say)
     if as_json:

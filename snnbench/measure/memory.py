@@ -92,8 +92,11 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return tensor_bytes(v for v in values if isinstance(v, Tensor))
 
 
-def give_back_freed_memory() -> None:
-    """Let the allocator of the CPU hand freed blocks back to the system, where it can (glibc)."""
+def give_back_freed_memory(device: torch.device) -> None:
+    """Let the allocator hand freed blocks back: to the driver, or to the system (glibc only)."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -6,10 +6,12 @@ A contestant is named LIBRARY:ORDER+SETTING+..., for example
     ours:auto:rate+cl+ma        a kernel of ours, and a method if it is not bptt
     published:rate              the rate-based method in two phases, as its authors run it
     floor:ann+cl+ma             ReLU for neurons, on T * B images; ann-B on B; conv without BN, too
+    floor:copy                  of one layer alone: the input, copied once
 
 with the settings cl (channels_last), ma (the C library keeps freed memory), tc (torch.compile), cg
-(a CUDA graph of the step), tf32, fp16, bf16, and for ours the levels of memory balanced and
-smallest.
+(a CUDA graph of the step), tf32, fp16, bf16, for ours the levels of memory balanced and smallest,
+and for spikingjelly on a GPU: triton (its Triton code where it would take its CUDA build), state16
+and state32 (the type of its membranes), cupy (version 0).
 
 The rounds run A B C, C B A, A B C, ..., so that a machine that becomes slower does so for all; two
 contestants are compared within each round.  Only JSON passes between the processes.
@@ -29,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,9 +51,14 @@ NETS: dict[str, dict[str, Any]] = {
     "resnet18": {"model": "resnet18", "options": {"width": 0.25}, "shape": [3, 32, 32], "B": 32},
     "digits": {"model": "convnet", "options": {}, "shape": [1, 8, 8], "B": 64},
 }
+# One layer: 4 M neurons, for a GPU.
+ALONE: dict[str, dict[str, Any]] = {
+    net: {"model": net, "options": {}, "shape": [64, 32, 32], "B": 64} for net in ("lif", "bn-lif")
+}
+ON_GPU = {net: {"options": {}, "B": 128} for net in ("vgg11", "resnet18")}  # of whole width
 ORDERS = ("multi", "step")
 KINDS = {"spikingjelly": ORDERS, "snntorch": ORDERS, "norse": ORDERS,
-         "floor": ("ann", "ann-B", "conv")}  # fmt: skip
+         "floor": ("ann", "ann-B", "conv", "copy")}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "cl": {"channels_last": True},
     "ma": {},
@@ -58,8 +66,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cg": {"graph": True},
     **{precision: {"precision": precision} for precision in ("tf32", "fp16", "bf16")},
     **{level: {"memory": level} for level in ("balanced", "smallest")},
+    **{code: {"code": code} for code in ("triton", "cupy")},
+    **{f"state{bits}": {"code": f"fp{bits}"} for bits in (16, 32)},
 }
+FAMILY = {"memory": "ours", "code": "spikingjelly"}  # whose settings these are
 WARM_STEPS = 3
+TOGETHER = 8  # contestants at once, on a GPU
 REPEATS = 4  # of a slice that others disturbed
 PAUSE_S = 0.3  # before the first repeat, then longer
 
@@ -79,7 +91,7 @@ class Settings:
     only: tuple[str, ...] = ()  # contestants; empty: those of `line_up`
     device: str = "cpu"
     threads: int | None = None  # None: one for each core
-    slice_s: float = 0.5  # at least, so that the load of others can be read
+    slice_s: float | None = None  # at least; None: as long as a reading of others' load takes
     timeout_s: float = 900.0  # of one answer; compiling takes a minute
 
     def __post_init__(self) -> None:
@@ -90,15 +102,15 @@ class Settings:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: it can be cpu, cuda or cuda:N")
         for net in self.nets:
-            if net not in NETS:
-                raise UsageError(f"unknown network '{net}'{did_you_mean(net, NETS)}")
+            if net not in {*NETS, *ALONE}:
+                raise UsageError(f"unknown network '{net}'{did_you_mean(net, [*NETS, *ALONE])}")
         for name in self.only:
             parse(name)
 
-    @property
-    def contestants(self) -> tuple[str, ...]:
-        """Their names."""
-        return tuple(dict.fromkeys(self.only)) or line_up(self.device)
+    def contestants(self, net: str) -> tuple[str, ...]:
+        """Their names, for one of the networks."""
+        usual = LINE_UP_ALONE if net in ALONE else line_up(self.device)
+        return tuple(dict.fromkeys(self.only)) or usual
 
 
 def line_up(device: str) -> tuple[str, ...]:
@@ -115,14 +127,35 @@ def line_up(device: str) -> tuple[str, ...]:
         "ours:reference", *(f"ours:{kernel}+cl+ma" for kernel in registry.components("kernels")),
         "ours:auto+cl+ma", "ours:auto:rate+cl+ma",
     ]  # fmt: skip
-    half = ["ours:auto+cl+ma+bf16"]
-    if device.partition(":")[0] == "cuda":  # the C library's memory is not what is used there
-        names = [name.replace("+ma", "") for name in names]
-        half = [f"{who}+cl+fp16" for who in ("floor:ann", "spikingjelly:multi", "ours:auto")]
-        half += [f"{who}+cg" for who in half]
-        half += ["spikingjelly:multi+cl+tc+fp16", "ours:auto:rate+cl+fp16"]
-        half += ["ours:auto:rate+cl+fp16+cg"]
-    return tuple(dict.fromkeys([*names, *half]))
+    if on_gpu(device):
+        return line_up_of_gpu()
+    return tuple(dict.fromkeys([*names, "ours:auto+cl+ma+bf16"]))
+
+
+def line_up_of_gpu() -> tuple[str, ...]:
+    """The same on a GPU: torch's own default has tf32 in convolutions, tuned ones are in fp16."""
+    peer = "spikingjelly:multi"
+    tuned = [f"{who}+cl+fp16" for who in ("floor:ann", peer, f"{peer}+state16", "ours:auto",
+                                          "ours:auto:rate")]  # fmt: skip
+    return (
+        "floor:ann+tf32", f"{peer}+tf32", f"{peer}", "snntorch:step+tf32", "norse:step+tf32",
+        "ours:auto+cl", "ours:auto+cl+tf32", *tuned, *(f"{who}+cg" for who in tuned),
+        f"{peer}+cl+tc+fp16", "floor:ann+cl+tc+fp16", "published:rate+cl+fp16",
+        "ours:auto+cl+bf16", "ours:auto+cl+fp16+smallest",
+    )  # fmt: skip
+
+
+LINE_UP_ALONE = (
+    "floor:copy+cl+fp16", "ours:auto+cl+fp16",
+    *(f"spikingjelly:multi{settings}" for settings in
+      ("", "+triton", "+fp16", "+state16+fp16", "+cl+state16+fp16", "+cl+state32+fp16",
+       "+cl+tc+fp16", "+cl+tc+state16+fp16")),
+)  # fmt: skip
+
+
+def on_gpu(device: str) -> bool:
+    """Whether a device's name is that of a GPU."""
+    return device.partition(":")[0] == "cuda"
 
 
 def parse(name: str) -> tuple[dict[str, Any], bool]:
@@ -140,8 +173,9 @@ def parse(name: str) -> tuple[dict[str, Any], bool]:
             raise UsageError(
                 f"'{name}': unknown setting '{setting}'{did_you_mean(setting, SETTINGS)}"
             )
-        if "memory" in SETTINGS[setting] and family != "ours":
-            raise UsageError(f"'{name}': '{setting}' is a setting of ours only")
+        for field_ in FAMILY.keys() & SETTINGS[setting].keys():
+            if family != FAMILY[field_]:
+                raise UsageError(f"'{name}': '{setting}' is a setting of {FAMILY[field_]} only")
     entry: dict[str, Any] = {"family": family}
     if family == "published" and kind == ["rate"]:
         entry |= {"kind": "reference", "method": "rate"}
@@ -188,39 +222,59 @@ def time_network(
     busy: Busy | None = None,
 ) -> Result:
     """All contestants on one network."""
-    setup = NETS[net] | {"T": settings.T, "device": settings.device}
+    setup = (NETS | ALONE)[net] | (ON_GPU.get(net, {}) if on_gpu(settings.device) else {})
+    setup |= {"T": settings.T, "device": settings.device}
     setup["B"] = settings.batch or setup["B"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = settings.threads or cores or 1
-    rows = [Row(name) for name in settings.contestants]
+    rows = [Row(name) for name in settings.contestants(net)]
     result = Result(net, setup["B"], settings.T, settings.rounds, settings.device, threads, rows)
-    with Field(command, threads, settings.timeout_s, busy or busy_seconds) as contest:
+    together = TOGETHER if on_gpu(settings.device) else 1  # in what is not timed
+    with (
+        ThreadPoolExecutor(together) as pool,  # left last: what it waits for has been ended
+        Field(command, threads, settings.timeout_s, busy or busy_seconds) as contest,
+    ):
+        if together > 1:  # imports are not timed either
+            for row in rows:
+                contest.start(row)
         for row in rows:
-            prepare(contest, row, setup, result)
+            warm_up(contest, row, setup, result)
+            if row.status == "done":  # what follows for all of them can take minutes
+                say(f"{net}: {row.name} warm after {row.warmup_s:.1f} s")
+        for row in pool.map(partial(compare_spikes, contest), rows):
             say(f"{net}: {row.name} {readiness(row)}")
         fit = [row for row in rows if row.status == "done"]
+        for row in fit:
+            row.guess_ms = min(contest.ask(row, "steps", n=WARM_STEPS).get("step_ms", [0.0]))
         for i in range(settings.rounds):
             for row in fit if i % 2 == 0 else fit[::-1]:
                 contest.slice(row, settings)
             say(f"{net}: round {i + 1} of {settings.rounds}")
-        for row in fit:
-            row.take(contest.ask(row, "measure"))
+        measured = pool.map(lambda row: contest.ask(row, "measure"), fit)
+        for row, found in zip(fit, measured, strict=True):
+            row.take(found)
     return result
 
 
-def prepare(contest: Field, row: Row, setup: dict[str, Any], result: Result) -> None:
-    """Start a contestant, warm it up, compare its spikes."""
+def warm_up(contest: Field, row: Row, setup: dict[str, Any], result: Result) -> None:
+    """Build a contestant, and let it do its first step."""
     entry, keep_memory = parse(row.name)
-    contest.start(row)
+    if not contest.has(row):
+        contest.start(row)
     request = {"entry": entry, "setup": setup, "keep_memory": keep_memory}
     built = contest.ask(row, "build", **request)
     result.machine = result.machine or built.get("machine", {})
     row.version = built.get("version", "")
     row.take(contest.ask(row, "warm_up"))
-    if row.status == "done" and row.who == ["ours", "auto"] and row.plain:
+    on_cpu = not on_gpu(setup["device"])
+    if row.status == "done" and row.who == ["ours", "auto"] and row.plain and on_cpu:
         row.cold_warmup_s = contest.cold_warm_up(request)
+
+
+def compare_spikes(contest: Field, row: Row) -> Row:
+    """Compare a contestant's spikes and gradients with those of our reference."""
     row.parity = contest.ask(row, "parity") or None
-    row.guess_ms = min(contest.ask(row, "steps", n=WARM_STEPS).get("step_ms", [0.0]))
+    return row
 
 
 def readiness(row: Row) -> str:
@@ -228,7 +282,7 @@ def readiness(row: Row) -> str:
     if row.status != "done":
         return f"{row.status}: {row.reason}"
     differing = "" if row.parity is None else f", {row.parity['differing']} spikes differ"
-    return f"ready after {row.warmup_s:.1f} s{differing}"
+    return f"ready{differing}"
 
 
 class Field:
@@ -254,6 +308,10 @@ class Field:
         place = Path(self._folder.name) / str(len(self._children))
         place.mkdir()
         self._children[row.name] = Child(self._command, place, self._threads)
+
+    def has(self, row: Row) -> bool:
+        """Whether the row's process was started."""
+        return row.name in self._children
 
     def ask(self, row: Row, do: str, **request: Any) -> dict[str, Any]:
         """The answer; empty, with the reason in the row, once something has failed."""
@@ -286,7 +344,10 @@ class Field:
 
     def slice(self, row: Row, settings: Settings) -> None:
         """A few steps of one contestant, repeated while other processes need the CPU."""
-        n = max(settings.steps, math.ceil(1e3 * settings.slice_s / max(row.guess_ms, 1e-3)))
+        slice_s = settings.slice_s
+        if slice_s is None:
+            slice_s = 0.2 if on_gpu(settings.device) else 0.5
+        n = max(settings.steps, math.ceil(1e3 * slice_s / max(row.guess_ms, 1e-3)))
         tried: list[tuple[float, float]] = []
         for attempt in range(REPEATS):
             before, began = self._busy(), time.monotonic()
@@ -326,7 +387,10 @@ class Child:
         dropped = ("MALLOC_", "GLIBC_TUNABLES")
         own = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
         own |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        own |= {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
+        own |= {
+            "TORCHINDUCTOR_CACHE_DIR": str(folder),
+            "TRITON_CACHE_DIR": str(folder.parent / "triton"),
+        }
         own |= settings or {}
         with self._log.open("wb") as log:
             # A session of its own: Ctrl-C is for this process to handle.

@@ -28,7 +28,7 @@ from snnbench import machine
 from snnbench.errors import DivergedError, UsageError, WorkerError
 from snnbench.measure.clock import StepClock, synchronize
 from snnbench.measure.memory import give_back_freed_memory, peak_bytes, reset_peak
-from snnbench.peers import contestants
+from snnbench.peers import alone, contestants
 from snnbench.peers.contestants import Entry, Setup
 from snnbench.training.allocator import keep_freed_memory
 
@@ -56,13 +56,16 @@ class Session:
         # Imports are no part of the warm-up; torch does one when the first optimizer is made.
         importlib.import_module("torch._dynamo")
         contestants.load(self.entry)
+        self.parts: Any = alone if self.setup.model in alone.LAYERS else contestants
         began = time.perf_counter()
-        self.contestant = contestants.build(self.entry, self.setup)
+        self.contestant = self.parts.build(self.entry, self.setup)
         synchronize(self.device)
         self.setup_s = time.perf_counter() - began
         laid_out = self.contestant.laid_out
-        batches = contestants.batches(self.setup, BATCHES, self.setup.B)
-        self.batches = [(laid_out(x_B), y_B) for x_B, y_B in batches]
+        batches = self.parts.batches(self.setup, BATCHES, self.setup.B)
+        both = self.parts is alone  # its second part is an array as well
+        self.batches = [(laid_out(x), laid_out(y) if both else y) for x, y in batches]
+        del batches
         self.steps_done = 0
         self.base_bytes = self._bytes_now()
         own = self.entry.family in (*contestants.OURS, "floor")
@@ -82,23 +85,28 @@ class Session:
         """Milliseconds of each of n training steps, and seconds of CPU time of all that was done.
 
         One step before them is not timed: a contestant that waits for its turn holds no freed
-        memory (of a CPU), or all of them together would need more than the machine has.
+        memory, or all of them together would need more than the machine has.
         """
         clock, cpu = StepClock(self.device), time.process_time()
+        if self.parts is alone:
+            self.contestant.step(*self.batches[0])
+            step_ms = self.contestant.time_ms(self.batches)
+            give_back_freed_memory(self.device)
+            return {"step_ms": [step_ms], "cpu_s": time.process_time() - cpu}
         for i in range(n + 1):
             x_B, y_B = self.batches[self.steps_done % BATCHES]
             with clock.step() if i else nullcontext():
                 loss = self.contestant.step(x_B, y_B)
             self.steps_done += 1
         step_ms = clock.drain_ms()
-        give_back_freed_memory()
+        give_back_freed_memory(self.device)
         if not math.isfinite(loss.item()):
             raise DivergedError(f"the loss became {loss.item()} after {self.steps_done} steps")
         return {"step_ms": step_ms, "cpu_s": time.process_time() - cpu}
 
     def parity(self) -> dict[str, Any] | None:
         """How spikes and gradients compare with our reference; None for a floor."""
-        found = contestants.parity(self.entry, self.setup)
+        found = self.parts.parity(self.entry, self.setup)
         return None if found is None else asdict(found)
 
     def measure(self) -> dict[str, Any]:
@@ -110,17 +118,15 @@ class Session:
             self.contestant.step(x_B, y_B)
         peak = None if why_not else peak_bytes(self.device)["peak_bytes"] - self.base_bytes
         saved = self.contestant.saved_bytes(x_B, y_B)
-        neuron_steps = contestants.neurons(self.setup) * self.setup.B * self.contestant.T
-        of_ours = self.entry.family in contestants.OURS
+        neuron_steps = self.parts.neurons(self.setup) * self.setup.B * self.contestant.T
         return {
             "peak_bytes": peak,
             "saved_bytes": saved,
             "saved_per_neuron_step": saved / neuron_steps,
-            # Of a recording torch sees a replay only.
             "aten_ops": None
-            if self.entry.graph
+            if self.device.type == "cuda"
             else aten_operations(lambda: self.contestant.step(x_B, y_B)),
-            "kernel_path": self.contestant.engine.describe()["kernel_path"] if of_ours else "",
+            "kernel_path": self.contestant.path(),
         }
 
     def _bytes_now(self) -> int:

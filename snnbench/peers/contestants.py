@@ -26,7 +26,7 @@ from snnbench.methods.base import Method
 from snnbench.models.layer import Layer, Network
 from snnbench.peers.libraries import NEURON, Floor, Library, Norse, SnnTorch, SpikingJelly
 from snnbench.spec import sub_seed
-from snnbench.training.engine import Engine, set_matmul_precision
+from snnbench.training.engine import HALF, Engine, set_matmul_precision
 from snnbench.training.graph import StepGraph
 from snnbench.training.oom import is_out_of_memory
 
@@ -50,6 +50,11 @@ class Entry:
     precision: str = "fp32"
     memory: Level = "speed"
     graph: bool = False
+    code: str | None = None  # that a library is told to run; None: what it chooses
+
+    def library(self) -> Library:
+        """The adapter of the library; raises WorkerError where it is missing."""
+        return LIBRARIES[self.family](self.kind, self.code)
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,10 @@ class Contestant:
             why = " ".join(str(error).split())[:200]
             raise WorkerError(f"cannot be recorded: {why}") from error
 
+    def path(self) -> str:
+        """Which code ran the neurons, where that is known."""
+        raise NotImplementedError
+
     def saved_bytes(self, x_B: Tensor, y_B: Tensor) -> int:
         """Bytes that autograd keeps for the backward pass of one step."""
         return saved_bytes(lambda: self.gradients(x_B, y_B), self._known(x_B))
@@ -181,10 +190,14 @@ class Peer(Contestant):
     """Our network in a library's modules, which take the place of each layer's synapses."""
 
     def _build(self) -> None:
-        self.library: Library = LIBRARIES[self.entry.family](self.entry.kind)
+        self.library = self.entry.library()
         for layer in self._names:
             layer.peer = Population(layer, self.library)
             layer.synapses = nn.ModuleList()
+
+    def path(self) -> str:
+        """Which code ran the neurons, where that is known."""
+        return self.library.path(self.device, self.entry.compiled, self.entry.precision in HALF)
 
     def gains(self) -> Iterable[float]:
         """By how much each parameter is larger than ours."""
@@ -227,6 +240,11 @@ class Ours(Contestant):
         watched = {"observe": lambda _, layer, s_TB: self.look(layer, s_TB)}
         self.method: Method = type(method.__name__, (method,), watched)()
 
+    def path(self) -> str:
+        """Which kernel took the layer steps."""
+        taken: str = self.engine.describe()["kernel_path"]
+        return taken
+
     def gradients(self, x_B: Tensor, y_B: Tensor) -> Tensor:
         """Fill `.grad` of every parameter; the loss comes back, detached."""
         return self.engine.backward(self.method, self.net, self._encoded(x_B), y_B, 0.0)
@@ -256,6 +274,13 @@ class Population(nn.Module):
         fires = layer.physics is not None
         self.synapses = nn.ModuleList(library.synapse(f, fires) for f in layer.synapses)
         self.neuron = library.neuron(layer) if fires else None
+
+    def train(self, mode: bool = True) -> Population:
+        """Of the neurons nothing is trained: in evaluation some have no gradient at all."""
+        super().train(mode)
+        if self.neuron is not None:
+            self.neuron.train()
+        return self
 
     def forward(self, *x: Tensor) -> Tensor:
         """Spikes, or the current where there is no neuron."""
@@ -288,7 +313,7 @@ def load(entry: Entry) -> None:
         for component in registry.components("kernels").values():
             component.load()
     else:
-        LIBRARIES[entry.family](entry.kind)
+        entry.library()
 
 
 def build(entry: Entry, setup: Setup, net: Network | None = None) -> Contestant:
@@ -297,6 +322,8 @@ def build(entry: Entry, setup: Setup, net: Network | None = None) -> Contestant:
     Raises WorkerError where the library is missing or cannot build the network, UsageError where
     there is no such kernel or method.
     """
+    if entry.kind == "copy":
+        raise WorkerError("a copy stands beside one layer, not beside a network")
     contestant = Ours if entry.family in OURS else Peer
     return contestant(entry, setup, network(setup) if net is None else net)
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from snnbench.models.layer import Layer, has_weights, over_time
 from snnbench.neurons import LIF, Triangle
 
 NEURON = LIF(decay=0.5, v_th=1.0, reset="hard", detach_reset=True, surrogate=Triangle(width=1.0))
+STATES = ("fp16", "fp32")  # of the membrane
 
 
 def imported(module: str) -> Any:
@@ -49,8 +52,8 @@ class Library:
 
     module: str | None = None
 
-    def __init__(self, mode: str) -> None:
-        self.multi = mode == "multi"
+    def __init__(self, mode: str, code: str | None = None) -> None:
+        self.multi, self.code = mode == "multi", code
         # Parameters that hold a multiple of ours, and the factor.
         self.gains: dict[nn.Parameter, float] = {}
         self.load()
@@ -69,6 +72,10 @@ class Library:
 
     def rest(self, net: nn.Module) -> None:
         """Bring all neurons to rest."""
+
+    def path(self, device: torch.device, compiled: bool, half: bool) -> str:
+        """Which of several codes it runs its neurons on, as it names it; "" if it has only one."""
+        return ""
 
 
 class OverTime(nn.Module):
@@ -98,11 +105,21 @@ class Unrolled(nn.Module):
 
 
 class SpikingJelly(Library):
-    """SpikingJelly 2: its own layers, LIFNode and reset_net."""
+    """SpikingJelly: its own layers, LIFNode and reset_net.
+
+    On a GPU version 2 chooses among its CUDA build, Triton and plain torch, unless `code` is
+    "triton"; with "fp16" or "fp32", the membrane's type as set through its `precision` module, a
+    neuron fed in half precision runs on Triton and not on plain torch.  Version 0 runs plain torch,
+    or CuPy if `code` says so.
+    """
 
     def load(self) -> None:
         """Import what is needed; raises WorkerError."""
+        if self.code == "triton":  # read when it is imported
+            os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = self.code
         name = "spikingjelly.activation_based"
+        if not hasattr(np, "int"):  # version 0 was written for the NumPy of its time
+            np.int = int  # type: ignore[attr-defined]
         self.layer, self.nodes = imported(f"{name}.layer"), imported(f"{name}.neuron")
         self.surrogate = imported(f"{name}.surrogate")
         self.functional = imported(f"{name}.functional")
@@ -149,21 +166,60 @@ class SpikingJelly(Library):
         }  # fmt: skip
 
     def neuron(self, layer: Layer) -> nn.Module:
-        """LIFNode with tau = 1 / (1 - decay), the input not scaled."""
-        node: nn.Module = self.nodes.LIFNode(
-            tau=1 / (1 - NEURON.decay),
-            decay_input=False,
-            v_threshold=NEURON.v_th,
-            v_reset=0.0,
-            surrogate_function=self.surrogate.PiecewiseQuadratic(alpha=1.0),
-            detach_reset=True,
-            step_mode=self.step_mode,
-        )
+        """LIFNode with tau = 1 / (1 - decay), the input not scaled.
+
+        Raises WorkerError where it has no CuPy code.
+        """
+        triangle, options = self.surrogate.PiecewiseQuadratic, {}
+        if self.code == "cupy":
+            triangle = type("Triangle", (triangle,), {"cuda_codes": _triangle_codes})
+            options = {"backend": "cupy"}
+        try:
+            node: nn.Module = self.nodes.LIFNode(
+                tau=1 / (1 - NEURON.decay),
+                decay_input=False,
+                v_threshold=NEURON.v_th,
+                v_reset=0.0,
+                surrogate_function=triangle(alpha=1.0),
+                detach_reset=True,
+                step_mode=self.step_mode,
+                **options,
+            )
+            if self.code in STATES:
+                precision = imported("spikingjelly.activation_based.precision")
+                config = {"mode": "fp32", "neuron_storage": self.code}
+                node = precision.prepare_model_for_precision(node, "cuda", config).model
+        except (TypeError, RuntimeError, ImportError) as error:
+            raise WorkerError(f"spikingjelly: {self.code} cannot be had: {error}") from error
         return node
 
     def rest(self, net: nn.Module) -> None:
         """Bring all neurons to rest."""
         self.functional.reset_net(net)
+
+    def path(self, device: torch.device, compiled: bool, half: bool) -> str:
+        """What it chose, "cuda", "triton" or "torch"; "" on a CPU, and where it does not tell."""
+        if self.code in STATES or self.code == "cupy":
+            return "cupy" if self.code == "cupy" else "triton"
+        if device.type != "cuda":
+            return ""
+        if half:  # the membrane is then in half precision too, and only plain torch takes that
+            return "torch"
+        try:
+            choice = importlib.import_module("spikingjelly._ops.lif")._selection
+            of = choice._get_compile_selection if compiled else choice._get_cuda_selection
+            return str(of(device).name)
+        except (ImportError, AttributeError):
+            return ""
+
+
+def _triangle_codes(_: nn.Module, y: str, x: str, dtype: str) -> str:
+    """Our surrogate as CUDA code of version 0, which has none of its own for it."""
+    below = {
+        "float": f"fmaxf(0.0f, 1.0f - fabsf({x}))",
+        "half2": f"__hmax2(__float2half2_rn(0.0f), __hsub2(__float2half2_rn(1.0f), __habs2({x})))",
+    }
+    return f"{y} = {below[dtype]};"
 
 
 class _Fire(torch.autograd.Function):
@@ -289,7 +345,7 @@ class Floor(Library):
     "ann" has ReLU for the neurons, "conv" neither neurons nor BatchNorm.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, code: str | None = None) -> None:
         super().__init__("step")
         self.conv = kind == "conv"
 

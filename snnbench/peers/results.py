@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 
 FOREIGN = 0.08  # share of the CPU that other processes may use during a slice
 HALF = {"bf16", "fp16"}
-NOT_PLAIN = {*HALF, "tf32", "balanced", "smallest"}
+LEVELS = {"balanced", "smallest"}
+NOT_PLAIN = {*HALF, *LEVELS, "tf32"}
+ON_BEST = {"resnet18": ("G3", 1.4, 2.5), "vgg11": ("G5", 1.8, 3.0)}
+# A neuron moves at least x, s | g, x, gx; with BatchNorm x (statistics); x, s | g, x; g, x, gx.
+ALONE = {"lif": ("G1", 5, 0.75, 1.8), "bn-lif": ("G2", 8, 0.7, 2.0)}
+RATE_AT_MOST = {4: 0.6, 8: 0.5}  # by T
 DEFAULTS = {"spikingjelly": "spikingjelly:multi", "snntorch": "snntorch:step",
             "norse": "norse:step", "published": "published:rate"}  # fmt: skip
 
@@ -115,40 +120,60 @@ class Result:
         return next((row for row in self.rows if row.timed and row.name == who), None)
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether it ran on a GPU: there, what is tuned is in half precision."""
+        return self.device != "cpu"
+
+    @property
     def floor(self) -> Row | None:
-        """The ANN on T * B images, tuned."""
-        return _tuned(self.timed("floor", "ann"))
+        """The ANN on T * B images, tuned; of one layer alone, the copy."""
+        return self._tuned(self._usual("floor", "ann") or self._usual("floor", "copy"))
 
     @property
     def ours(self) -> Row | None:
-        """What our users get; else the fastest of ours, by BPTT in fp32."""
-        own = [row for row in self.timed("ours") if len(row.who) == 2]
-        return _tuned(self.timed("ours", "auto"), own) or _fastest(own)
+        """What our users get; else the fastest of ours, by BPTT in the usual precision."""
+        return self._own([])
 
     @property
     def rate(self) -> Row | None:
         """The same by the rate-based method."""
-        own = [row for row in self.timed("ours") if row.who[2:] == ["rate"]]
-        return _tuned(self.timed("ours", "auto", "rate"), own) or _fastest(own)
+        return self._own(["rate"])
 
     @property
     def half(self) -> Row | None:
         """Ours by BPTT in half precision."""
-        own = [row for row in self.timed("ours", plain=False) if row.half]
-        return _fastest([row for row in own if len(row.who) == 2])
+        return self.fastest_half("ours", method=[])
+
+    def default(self, library: str) -> Row | None:
+        """A library as it is by default: on a GPU torch's convolutions are in tf32 then."""
+        name = DEFAULTS[library]
+        return (self.named(f"{name}+tf32") if self.on_gpu else None) or self.named(name)
+
+    def fastest_half(self, *who: str, method: Sequence[str] = ()) -> Row | None:
+        """The fastest in half precision, recorded or compiled or not."""
+        rows = [row for row in self.timed(*who, plain=False) if row.half]
+        return _fastest([row for row in rows if row.who[2:] == list(method)])
+
+    def _own(self, method: list[str]) -> Row | None:
+        own = [row for row in self._usual("ours") if row.who[2:] == method]
+        return self._tuned([row for row in own if row.who[1] == "auto"]) or _fastest(own)
+
+    def _usual(self, *who: str) -> list[Row]:
+        """Contestants in the precision that is usual on the device."""
+        rows = self.timed(*who, plain=not self.on_gpu)
+        return [row for row in rows if "fp16" in row.settings] if self.on_gpu else rows
+
+    def _tuned(self, rows: list[Row]) -> Row | None:
+        """The one with channels_last and, on a CPU, kept memory; not compiled or recorded."""
+        other = {"tc", "cg", *LEVELS}
+        fitting = [row for row in rows if "cl" in row.settings and not other & row.settings]
+        return max(fitting, key=lambda row: "ma" in row.settings, default=None)
 
 
 def unsuccessful(results: Sequence[Result]) -> bool:
     """Whether a contestant failed, or none at all could be had for one of the networks."""
     failed = any(row.status == "failed" for result in results for row in result.rows)
     return failed or any(all(row.status != "done" for row in r.rows) for r in results)
-
-
-def _tuned(rows: list[Row], among: list[Row] | None = None) -> Row | None:
-    """The one with channels_last and, on a CPU, kept memory; not compiled or recorded."""
-    fitting = [r for r in rows if "cl" in r.settings and not {"tc", "cg"} & set(r.settings)]
-    fitting = [r for r in fitting if among is None or r in among]
-    return max(fitting, key=lambda row: "ma" in row.settings, default=None)
 
 
 def _fastest(rows: list[Row]) -> Row | None:
@@ -184,15 +209,15 @@ def rivals(result: Result, half: bool = False) -> list[Rival]:
     With `half` both are in half precision; the default configuration is in fp32.
     """
     found = []
-    for library, usual in DEFAULTS.items():
+    for library in DEFAULTS:
         rate = library == "published"
-        ours = result.half if half else result.rate if rate else result.ours
+        ours = result.rate if rate else result.half if half else result.ours
         rows = [row for row in result.timed(library, plain=not half) if row.half == half]
         if ours is None or not rows:
             continue
         by = {row.name: ratio(row, ours) for row in rows}
         strongest = min(rows, key=lambda row: by[row.name].median)
-        default = result.named(usual)
+        default = result.default(library)
         default_by = None if default is None else ratio(default, ours)
         found.append(Rival(library, strongest, by[strongest.name], default, default_by))
     return found
@@ -217,16 +242,21 @@ class Goal(NamedTuple):
 
 
 def goals(result: Result) -> list[Goal]:
-    """The project's goals on a CPU, from the rows; none of them is about GPUs."""
-    if result.device != "cpu":
+    """The project's goals, from the rows."""
+    return _goals_on_gpu(result) if result.on_gpu else _goals_on_cpu(result)
+
+
+def _over(a: Row | None, b: Row | None) -> Ratio | None:
+    return None if a is None or b is None else ratio(a, b)
+
+
+def _goals_on_cpu(result: Result) -> list[Goal]:
+    if result.net in ALONE:
         return []
     ours, rate, half, floor = result.ours, result.rate, result.half, result.floor
     against = {rival.library: rival for rival in rivals(result)}
     sj, published = against.get("spikingjelly"), against.get("published")
     best = "" if sj is None else f" ({sj.strongest.name})"
-
-    def over(a: Row | None, b: Row | None) -> Ratio | None:
-        return None if a is None or b is None else ratio(a, b)
 
     def saved(row: Row | None) -> float | None:
         return None if row is None else row.saved_per_neuron_step
@@ -238,8 +268,9 @@ def goals(result: Result) -> list[Goal]:
              None if sj is None else sj.by),
         Goal("C2", "seconds until ours has done its first step", False, 2.0,
              None if ours is None else ours.warmup_s),
-        Goal("C3", "our step over that of the ANN on T * B images", False, 1.15, over(ours, floor)),
-        Goal("C4", "our rate-based step over our BPTT step", False, 0.75, over(rate, ours)),
+        Goal("C3", "our step over that of the ANN on T * B images", False, 1.15,
+             _over(ours, floor)),
+        Goal("C4", "our rate-based step over our BPTT step", False, 0.75, _over(rate, ours)),
         Goal("C4", "rate-based step as published, at its strongest, over ours", True, 2.2,
              None if published is None else published.by),
         Goal("C5", "bytes saved for each neuron and timestep, fp32", False, 9.0, saved(ours)),
@@ -249,4 +280,52 @@ def goals(result: Result) -> list[Goal]:
     if result.net == "vgg11":
         found.append(Goal("C5", "operations of our step", False, 900.0,
                           None if ours is None else ours.aten_ops))  # fmt: skip
+    return found
+
+
+def _goals_on_gpu(result: Result) -> list[Goal]:
+    """Every part at its fastest in half precision; a rival, at its fastest in any."""
+    ours, peer = result.half, "spikingjelly"
+    rate, floor = result.fastest_half("ours", method=["rate"]), result.fastest_half("floor", "ann")
+    rows = [row for plain in (True, False) for row in result.timed(peer, plain=plain)]
+    best, tuned = _fastest(rows), result.named(f"{peer}:multi+cl+fp16")
+    smallest = result.named("ours:auto+cl+fp16+smallest")
+
+    def peak(row: Row | None) -> float | None:
+        if row is None or tuned is None or not (row.peak_bytes and tuned.peak_bytes):
+            return None
+        return row.peak_bytes / tuned.peak_bytes
+
+    of_best = "" if best is None else f" ({best.name})"
+    if result.net in ALONE:
+        id, numbers, share, faster = ALONE[result.net]
+        copy = result.floor
+        bandwidth = None
+        if copy is not None and ours is not None:
+            pairs = zip(copy.round_ms, ours.round_ms, strict=True)
+            bandwidth = quartiles([numbers / 2 * copied / own for copied, own in pairs])
+        return [
+            Goal(id, f"our bandwidth over that of a copy, at {numbers} numbers for each neuron and "
+                 "timestep", True, share, bandwidth),
+            Goal(id, f"step of SpikingJelly at its strongest{of_best}, over ours", True, faster,
+                 _over(best, ours)),
+        ]  # fmt: skip
+    found = [Goal("G4", "our step over that of the ANN on T * B images", False, 1.2,
+                  _over(ours, floor))]  # fmt: skip
+    if result.net in ON_BEST:
+        id, strongest, default = ON_BEST[result.net]
+        found += [
+            Goal(id, f"step of SpikingJelly at its strongest{of_best}, over ours", True, strongest,
+                 _over(best, ours)),
+            Goal(id, "step of SpikingJelly as it is by default, over ours", True, default,
+                 _over(result.default(peer), ours)),
+        ]  # fmt: skip
+    if result.T in RATE_AT_MOST:
+        found.append(Goal("G6", f"our rate-based step over our BPTT step, T = {result.T}", False,
+                          RATE_AT_MOST[result.T], _over(rate, ours)))  # fmt: skip
+    found += [
+        Goal("G7", "peak memory over that of SpikingJelly with autocast", False, 0.5,
+             peak(result.named("ours:auto+cl+fp16"))),
+        Goal("G7", "the same with memory = smallest", False, 0.3, peak(smallest)),
+    ]  # fmt: skip
     return found

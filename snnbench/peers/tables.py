@@ -19,8 +19,8 @@ NOTES = (
     "triangle surrogate of width 1; the input is the same image at every timestep, the loss the "
     "cross-entropy of the time-mean logits, the optimizer fused SGD with momentum.",
     "x floor and x ours are step times over those of the ANN on T * B images (channels_last, "
-    "memory kept) and over ours, paired within each round; the median, and the quartiles in "
-    "brackets. Below 1 is faster.",
+    "memory kept; on a GPU fp16, as ours is there) and over ours, paired within each round; the "
+    "median, and the quartiles in brackets. Below 1 is faster.",
     "spikes differ: share of all spikes of all layers, on 16 images under frozen BatchNorm, that "
     "differ from our reference kernel; the note says where the first ones do. A difference of "
     "rounding at the threshold in one layer cascades through the next. In training the statistics "
@@ -31,11 +31,13 @@ NOTES = (
     "Spikes are still compared, since frozen statistics are the same in both orders.",
     "warm-up: building the contestant and its first step, with all that is compiled or loaded for "
     "it; importing libraries is left out. A compiled kernel of ours is cached by the machine "
-    "(in brackets: the same with an empty cache), torch.compile begins with empty caches.",
+    "(in brackets: the same with an empty cache), torch.compile begins with empty caches. On a GPU "
+    "the imports of contestants that are prepared later may go on at the same time.",
     "saved B: bytes kept for the backward pass for each neuron and timestep; saved MB: all of "
     "them. peak MB: what a step adds to the resident memory (on a GPU: to the allocated memory), "
     "and for compiled contestants what the compiler left behind. MB are 10^6 bytes.",
-    "operations: calls of torch's aten operations in a step, those within others included.",
+    "operations: calls of torch's aten operations in a step, those within others included; counted "
+    "on a CPU only.",
     "disturbed: rounds in which other processes used more than 8 % of the CPU at every try.",
     "floor:conv has no BatchNorm, and its learning rate is 0; floor:ann-B runs on B images.",
 )
@@ -161,7 +163,8 @@ def to_markdown(results: Sequence[Result]) -> str:
             )
             lines += _table(heads, map(_rival, beside))
         if claims := goals(result):
-            lines += ["", "Goals, set for 2 CPU cores and T = 4:", ""]
+            where = "one H200" if result.on_gpu else "2 CPU cores and T = 4"
+            lines += ["", f"Goals, set for {where}:", ""]
             lines += _table(("goal", "what", "bound", "measured", ""), map(_goal, claims))
     return "\n".join([*lines, "", *(f"- {note}" for note in NOTES)]) + "\n"
 

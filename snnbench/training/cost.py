@@ -59,7 +59,7 @@ def probe(job: Job) -> dict[str, Any]:
     grads = tensor_bytes(p.grad for p in trainable.parameters())
     optimizer.zero_grad(set_to_none=True)
     synchronize(job.device)
-    give_back_freed_memory()
+    give_back_freed_memory(job.device)
     nulls: dict[str, str] = {}
     if job.spec.train.graph:
         record_steps(job, trainable, x_B, y_B)
