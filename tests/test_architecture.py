@@ -54,7 +54,7 @@ ROWS = [
     ),
     (2, ["registry", "store", "kernels", "kernels.*"]),
     (2.1, ["entries", "training.graph", "training.oom", "training.warm"]),
-    (2.12, ["training.team"]),
+    (2.12, ["training.team", "peers.lineup"]),
     (2.15, ["suite"]),
     (2.2, ["claims"]),
     (2.5, ["models.layer"]),
@@ -67,6 +67,7 @@ ROWS = [
     (4, ["train", "training.cost", "training.build"]),
     (4.9, ["executors.base"]),
     (5, ["worker", "tables", "peers.tables", "peers.contestants", "runs.progress"]),
+    (5.05, ["peers.alone"]),
     (5.1, ["runs.scale_worker", "executors", "executors.local", "executors.queue", "runs.collect"]),
     (5.2, ["executors.slurm", "summary", "planner", "runs.attempt", "runs.stopping"]),
     (5.4, ["report.columns", "report.source", "report.canvas", "runs.overview"]),
@@ -86,7 +87,8 @@ ROWS = [
 # Within one row; everything else sideways is an error.
 SIDEWAYS = {
     ("machine", "spec"),
-    *(("kernels.fused", f"kernels.{m}") for m in ("rates", "reference")),
+    *(("kernels.fused", f"kernels.{m}") for m in ("pooling", "rates", "reference")),
+    ("kernels.pooling", "kernels.rates"),
     ("kernels.reference", "kernels.rates"),
     ("kernels.rates", "kernels.pointwise"),
     *(("kernels.choice", f"kernels.{m}") for m in ("fused", "reference")),
@@ -94,7 +96,9 @@ SIDEWAYS = {
     ("measure.gradients", "methods.base"),
     *((m, "methods.base") for m in FILES if m.startswith("methods.")),
     *((m, "data.base") for m in FILES if m.startswith("data.")),
-    ("kernels.triton", "kernels.triton_code"),
+    ("kernels.triton", "kernels.triton_launch"),
+    ("kernels.triton_launch", "kernels.triton_rows"),
+    ("kernels.triton_rows", "kernels.triton_code"),
     *(
         (f"data.{a}", f"data.{b}")
         for a, bs in {
@@ -116,7 +120,8 @@ SIDEWAYS = {
 TORCH_FREE = [
     "errors", "spec", "suite", "registry", "store", "runner", "executors", "executors.*", "tables",
     "stats", "report", "report.*", "console", "cli", "commands.*", "planner", "summary", "entries",
-    "claims", "training.oom", "peers", "peers.bench", "peers.results", "peers.tables",
+    "claims", "training.oom", "peers", "peers.bench", "peers.lineup", "peers.results",
+    "peers.tables",
     *(m for m in FILES if m.startswith("runs.") and m != "runs.scale_worker"),
 ]  # fmt: skip
 METHOD_SEES = {
@@ -145,7 +150,7 @@ DOORS = {
     "pynvml": ["measure.nvml"],
     "multiprocessing": ["executors.local", "training.isolated", "training.team"],
     "subprocess": ["executors.queue", "kernels.native", "peers.bench", "report.compare"],
-    "triton": ["kernels.triton_code", "kernels.triton"],
+    "triton": ["kernels.triton", "kernels.triton_code", "kernels.triton_rows"],
 }
 LINES, METHOD_LINES = 425, 240
 

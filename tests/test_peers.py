@@ -20,7 +20,7 @@ from snnbench.commands import peers as command
 from snnbench.errors import ExitCode, UsageError, WorkerError
 from snnbench.models.convnet import ConvNet
 from snnbench.neurons import ReLU
-from snnbench.peers import bench, contestants, libraries, tables
+from snnbench.peers import bench, contestants, libraries, lineup, tables
 from snnbench.peers.contestants import Entry, Setup
 from snnbench.peers.results import Result, Row, goals, quartiles, ratio, rivals, unsuccessful
 
@@ -31,7 +31,7 @@ TINY = {
     "resnet18": Setup("resnet18", {"width": 1 / 4}, (3, 8, 8), T=3, B=4),
     "sew_resnet18": Setup("sew_resnet18", {"width": 1 / 4, "stem": "cifar"}, (3, 8, 8), T=3, B=4),
 }
-LIBRARIES = [name for name in bench.KINDS if name != "floor"]
+LIBRARIES = [name for name in lineup.KINDS if name != "floor"]
 
 
 def needs(library):
@@ -45,7 +45,7 @@ def needs(library):
 
 
 @pytest.mark.parametrize("net", TINY)
-@pytest.mark.parametrize("order", bench.ORDERS)
+@pytest.mark.parametrize("order", lineup.ORDERS)
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_library_gives_the_spikes_and_gradients_of_our_reference(library, order, net):
     needs(library)
@@ -194,7 +194,7 @@ def test_what_a_library_cannot_build_is_named():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
-@pytest.mark.parametrize("order", bench.ORDERS)
+@pytest.mark.parametrize("order", lineup.ORDERS)
 def test_compiled_spikes_agree(order):
     needs("spikingjelly")
     entry = Entry("spikingjelly", order, channels_last=True, compiled=True)
@@ -262,7 +262,7 @@ def test_settings_that_make_no_sense():
 def test_the_line_up_has_defaults_and_rivals_at_their_best():
     names = bench.line_up("cpu")
     assert len(names) == len(set(names))
-    assert {*(bench.parse(name)[0]["family"] for name in names)} == {*bench.KINDS, "ours",
+    assert {*(bench.parse(name)[0]["family"] for name in names)} == {*lineup.KINDS, "ours",
                                                                      "published"}  # fmt: skip
     assert {*("spikingjelly:multi", "snntorch:step", "norse:step", "published:rate")} < {*names}
     assert all("+ma" in name for name in names if "+cl" in name)
@@ -521,7 +521,7 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.registry, "find", lambda kind, name: None)  # a kernel of any name
+    monkeypatch.setattr(lineup.registry, "find", lambda kind, name: None)  # a kernel of any name
     return Stage(tmp_path)
 
 

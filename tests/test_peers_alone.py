@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from test_peers import CONVNET, LIBRARIES, needs
 
 from snnbench.errors import WorkerError
 from snnbench.kernels import native
 from snnbench.peers import alone, bench, contestants, libraries
 from snnbench.peers.contestants import Entry, Setup
-from tests.test_peers import CONVNET, LIBRARIES, needs
 
 TINY = {net: Setup(net, {}, (4, 6, 6), T=3, B=2) for net in alone.LAYERS}
 NUMBERS = 3 * 2 * 4 * 6 * 6

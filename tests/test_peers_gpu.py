@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_peers import CONVNET, made, needs, timed
 
 from snnbench import registry
 from snnbench.errors import WorkerError
 from snnbench.measure.memory import give_back_freed_memory
-from snnbench.peers import bench, contestants, libraries, tables
+from snnbench.peers import bench, contestants, libraries, lineup, tables
 from snnbench.peers.contestants import Entry
 from snnbench.peers.results import goals
-from tests.test_peers import CONVNET, made, needs, timed
 
 CUDA = torch.device("cuda")
 PEER = "spikingjelly:multi"
@@ -36,10 +36,10 @@ def on_gpu(ms_of, net="resnet18", T=4, **peaks):
 
 def test_the_line_up_has_defaults_and_tuned_ones():
     names = bench.line_up("cuda:1")
-    assert names == bench.line_up_of_gpu()
+    assert names == lineup.line_up_of_gpu()
     assert len(names) == len(set(names))
     families = {bench.parse(name)[0]["family"] for name in names}
-    assert families == {*bench.KINDS, "ours", "published"}
+    assert families == {*lineup.KINDS, "ours", "published"}
     assert not [name for name in names if "+ma" in name]  # a setting of the CPU's memory
     assert {f"{PEER}+tf32", "snntorch:step+tf32", "norse:step+tf32", "ours:auto+cl"} < {*names}
     for who in ("floor:ann", PEER, "ours:auto", "ours:auto:rate"):
@@ -49,7 +49,7 @@ def test_the_line_up_has_defaults_and_tuned_ones():
 def test_a_layer_alone_has_a_line_up_of_its_own():
     settings = bench.Settings(device="cuda")
     assert settings.contestants("lif") == settings.contestants("bn-lif") == bench.LINE_UP_ALONE
-    assert settings.contestants("vgg11") == bench.line_up_of_gpu()
+    assert settings.contestants("vgg11") == lineup.line_up_of_gpu()
     assert len({str(bench.parse(name)) for name in bench.LINE_UP_ALONE}) == 10
 
 

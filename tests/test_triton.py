@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 
 from snnbench.kernels import triton as kernel
+from snnbench.kernels import triton_launch as launching
+from snnbench.kernels.rates import step_backward
 from snnbench.methods.rate import spikes_and_eligibility
 from snnbench.neurons import LIF, ATan, Rectangle, Sigmoid, Tanh, Triangle
 
@@ -327,15 +329,17 @@ def broken_channel_stays_alone() -> None:
 def statistics_survive_large_offsets() -> None:
     """Many programs and parts, the last ragged; values far from 0, first rows unlike the others."""
     draw = torch.Generator().manual_seed(0)
-    cells, merge = kernel.CELLS, kernel.MERGE
+    cells, merge = launching.CELLS, launching.MERGE
     for T, M, C, dtype in ((1, 3000, 20, "float32"), (3, 700, 64, "float16"), (2, 77, 1, "float32"),
                            (4, 500, 48, "bfloat16")):  # fmt: skip
-        kernel.CELLS, kernel.MERGE = (1, kernel.Tile(16, 8, 8)) if T == 1 else (cells, merge)
+        launching.CELLS, launching.MERGE = (
+            (1, launching.Tile(16, 8, 8)) if T == 1 else (cells, merge)
+        )
         y = torch.randn(T, M, C, generator=draw) * torch.logspace(-3, 1, C) + 100
         y[0, :40] = 0 if C == 1 else 99
         y = guarded(y.to(getattr(torch, dtype)))
         mean, var = kernel.stats(y)
-        kernel.CELLS, kernel.MERGE = cells, merge
+        launching.CELLS, launching.MERGE = cells, merge
         close("mean", mean, y.double().mean((0, 1)), 1e-7)
         wanted = y.double().var((0, 1), correction=0)
         close("var", var / wanted, torch.ones_like(wanted), 2e-5)
@@ -378,6 +382,27 @@ def one_pass_makes_what_batchnorm_makes() -> None:
     mean, var = kernel.stats(y)
     lone = kernel.affine(y, weight, bias, (None, None), EPS, 0.0, count, True)
     assert torch.equal(lone[2], mean)
+    assert all(x[:PAD].isnan().all() and x[-PAD:].isnan().all() for x in guards), "out of bounds"
+
+
+def means_go_back_as_in_torch() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for (M, C), dtype, normed, rested, batch_stats in itertools.product(
+        ((700, 20), (5, 64), (1, 3)), BOUND, (True, False), (True, False), (True, False)
+    ):
+        g, elig, xhat = (guarded(torch.randn(M, C, generator=draw)) for _ in range(3))
+        g, a = guarded(g.to(getattr(torch, dtype))), guarded(torch.rand(C, generator=draw) + 0.5)
+        known = (xhat, a) if normed else (None, None)
+        wide = [None if x is None else x.double() for x in (g, elig, *known)]
+        wanted = step_backward(*wide, rested, normed and batch_stats)
+        found = kernel.rate_backward(g, elig, *known, rested, normed and batch_stats)
+        bounds = (BOUND[dtype],) * 2 + (BOUND["float32"],) * 2
+        for name, one, other, bound in zip(("gc", "gz", "dweight", "dbias"), found, wanted, bounds,
+                                           strict=True):  # fmt: skip
+            assert (one is None) == (other is None), name
+            if one is not None:
+                close(f"mean {name}", one, other.cpu(), bound, scale=g.norm().item())
+        assert found[0].dtype == g.dtype
     assert all(x[:PAD].isnan().all() and x[-PAD:].isnan().all() for x in guards), "out of bounds"
 
 
@@ -425,7 +450,7 @@ def operators_keep_their_promises() -> None:
         setattr(kernel, name, new)
     p = Problem(case)
     ops = torch.ops.snnbench
-    neuron = kernel._constants(p.neuron)
+    neuron = launching.constants(p.neuron)
     arrays = (p.y, p.a, p.b, p.mean, p.rstd, p.rest, p.decay)
     none = (p.y, None, None, None, None, None, p.decay)
     for op, args in (
@@ -433,6 +458,8 @@ def operators_keep_their_promises() -> None:
         (ops.fire, (p.y, p.a, p.b, p.rest, p.decay, p.T, *neuron)),
         (ops.rate_fire, (*arrays, p.T, *neuron)),
         (ops.rate_fire, (*none, p.T, *neuron)),
+        (ops.rate_backward, (p.g[0], p.rest[0], p.rest[1], p.a, True, True)),
+        (ops.rate_backward, (p.g[0], p.rest[0], p.rest[1], p.a, False, False)),
         (ops.average, (p.y.view(1, 2, 10, 2), 2)),
         (ops.average_backward, (p.y.view(1, 2, 5, 4), 2)),
         (ops.affine, (p.y, p.weight, p.bias, p.mean, p.var, EPS, 0.1, p.y.shape[1], True)),
@@ -467,7 +494,7 @@ def compilation_sees_whole_operators() -> None:
 ANYWHERE = (
     ties_are_exact, broken_input_is_never_silent, broken_channel_stays_alone,
     statistics_survive_large_offsets, one_pass_makes_what_batchnorm_makes, long_trains, one_cell,
-    equal_gradients_are_one_tensor, windows_are_averaged,
+    equal_gradients_are_one_tensor, windows_are_averaged, means_go_back_as_in_torch,
 )  # fmt: skip
 SPECIAL = (*ANYWHERE, operators_keep_their_promises, compilation_sees_whole_operators)
 
@@ -537,16 +564,19 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
             {"name": name, "tile": tile, "args": [*tensors, *numbers], "constants": constants}
         )
 
-    monkeypatch.setattr(kernel, "_launch", launch)
+    monkeypatch.setattr(launching, "launch_tile", launch)
     return found
 
 
 def plan(T: int, M: int, C: int = 64, dtype: torch.dtype = torch.float16) -> None:
     """Ask for every kernel, with its first pick: normalised, with a rest, and plain."""
     y, c, decay = torch.empty(T, M, C, dtype=dtype), torch.empty(C), torch.empty(1)
-    neuron = T, *kernel._constants(LIF(reset="hard"))
+    neuron = T, *launching.constants(LIF(reset="hard"))
     kernel._stats(y)
     kernel._fire(y, c, c, None, decay, *neuron)
+    wide = torch.empty(M, C)
+    kernel._rate_backward(y[0], wide, wide, c, True, True)
+    kernel._rate_backward(y[0], wide, wide, c, False, False)
     kernel._average(torch.empty(M, 4, 8, C, dtype=dtype), 2)
     kernel._average_backward(torch.empty(M, 2, 4, C, dtype=dtype), 2)
     kernel._affine(y, c, c, c, c, EPS, 0.1, T * M, True)
@@ -566,50 +596,50 @@ def test_another_batch_size_compiles_nothing_anew(launches: list[Launch]) -> Non
         assert one["tile"] == other["tile"]
         assert one["constants"] == other["constants"]
         for i, (x, y) in enumerate(zip(one["args"], other["args"], strict=True)):
-            parameter = getattr(kernel._code(), one["name"]).params[i]
+            parameter = getattr(launching.code(), one["name"]).params[i]
             # A number that changes must neither be a constant nor be looked at for its divisors.
             assert isinstance(x, Tensor) or x == y or parameter.do_not_specialize, parameter.name
 
 
-@pytest.mark.parametrize("pick", [*kernel.PICKS, kernel.LONG, kernel.STREAM])
-def test_tiles(pick: kernel.Pick) -> None:
+@pytest.mark.parametrize("pick", [*launching.PICKS, launching.LONG, launching.STREAM])
+def test_tiles(pick: launching.Pick) -> None:
     for C in range(1, 600):
-        BM, BC, warps = kernel.tile_of(C, pick)
+        BM, BC, warps = launching.tile_of(C, pick)
         assert pick.cells * 32 * warps == BM * BC
         assert BC & (BC - 1) == 0
-        assert BC <= kernel.CHANNELS
+        assert BC <= launching.CHANNELS
         assert C % BC == 0 or BC // 2 < C <= BC or BC == 16
 
 
 def test_the_fastest_pick_is_kept(launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
-    times = dict(zip(kernel.PICKS, (3.0, 1.0, 2.0), strict=True))
-    timed: list[kernel.Pick] = []
+    times = dict(zip(launching.PICKS, (3.0, 1.0, 2.0), strict=True))
+    timed: list[launching.Pick] = []
 
-    def milliseconds(launch: Callable[[kernel.Pick], None], pick: kernel.Pick) -> float:
+    def milliseconds(launch: Callable[[launching.Pick], None], pick: launching.Pick) -> float:
         launch(pick)
         timed.append(pick)
         return times[pick]
 
-    monkeypatch.setattr(kernel, "_fastest", {})
-    monkeypatch.setattr(kernel, "_milliseconds", milliseconds)
-    neuron = 4, *kernel._constants(LIF())
+    monkeypatch.setattr(launching, "_fastest", {})
+    monkeypatch.setattr(launching, "_milliseconds", milliseconds)
+    neuron = 4, *launching.constants(LIF())
 
-    def fire(M: int, C: int, dtype: torch.dtype = torch.float16) -> kernel.Tile:
+    def fire(M: int, C: int, dtype: torch.dtype = torch.float16) -> launching.Tile:
         y = torch.empty(4, M, C, dtype=dtype)
         kernel._fire(y, None, None, None, torch.empty(1), *neuron)
-        tile: kernel.Tile = launches[-1]["tile"]
+        tile: launching.Tile = launches[-1]["tile"]
         return tile
 
-    first, best = (kernel.tile_of(64, pick) for pick in kernel.PICKS[:2])
+    first, best = (launching.tile_of(64, pick) for pick in launching.PICKS[:2])
     assert fire(512, 64) == first  # nothing can be timed here, and nothing is kept
-    monkeypatch.setattr(kernel, "_can_time", lambda _: True)
+    monkeypatch.setattr(launching, "_can_time", lambda _: True)
     assert fire(512, 64) == best
-    assert timed == list(kernel.PICKS)
+    assert timed == list(launching.PICKS)
     assert fire(37, 64) == best
-    assert timed == list(kernel.PICKS)
+    assert timed == list(launching.PICKS)
     fire(512, 128)
     fire(512, 64, torch.float32)
-    assert timed == list(kernel.PICKS) * 3
+    assert timed == list(launching.PICKS) * 3
 
 
 def test_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -626,9 +656,10 @@ def test_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "stats", lambda y: (y, y))
     monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size))
     assert kernel.unavailable(cuda) is None
-    kernel._code.cache_clear()
-    monkeypatch.delitem(sys.modules, "snnbench.kernels.triton_code", raising=False)
-    monkeypatch.delattr("snnbench.kernels.triton_code", raising=False)
+    launching.code.cache_clear()
+    for module in ("triton_code", "triton_rows"):
+        monkeypatch.delitem(sys.modules, f"snnbench.kernels.{module}", raising=False)
+        monkeypatch.delattr(f"snnbench.kernels.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "Triton cannot be imported" in str(kernel.unavailable(cuda))
 
@@ -644,7 +675,7 @@ def compile_for_hopper(launch: Launch) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, tile = getattr(kernel._code(), launch["name"]), launch["tile"]
+    function, tile = getattr(launching.code(), launch["name"]), launch["tile"]
     constants = launch["constants"] | {"BM": tile.BM, "BC": tile.BC}
     names = function.arg_names
     signature = dict.fromkeys(names, "constexpr")
@@ -688,10 +719,10 @@ def test_hopper_code(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     plan(T, 512)
-    once = ("moments", "merge", "normalise", "recentre", "average")  # know nothing of T
+    once = ("moments", "merge", "normalise", "recentre", "average", "rate_sums", "rate_backward")
     for launch in launches:
         name = launch["name"]
-        if name in once and T > 4:
+        if name in once and T > 4:  # they know nothing of T
             continue
         compiled = compile_for_hopper(launch)
         used = resources(compiled.asm["cubin"], tmp_path)
@@ -703,13 +734,13 @@ def test_hopper_code(
         narrow = 0 if name in once else 1
         assert [x for x in loads if not x.endswith("v4.b32")] == ["ld.global.b32"] * narrow
         assert {x for x in stores if not x.endswith("v4.b32")} <= {"st.global.b32"}
-        if name not in ("moments", "merge", "normalise"):
+        if name not in ("moments", "merge", "normalise", "rate_sums"):
             wide = sum(x.endswith("v4.b32") for x in stores)
             assert wide >= (1 if name in once else T)
         if name == "fire":
             # As written, one for the spike and one for the reset: no sum of a membrane was
             # contracted.  The last reset has no effect.
-            written = (2 * T - 1) * kernel.PICKS[0].cells
+            written = (2 * T - 1) * launching.PICKS[0].cells
             assert len(re.findall(r"fma\.rn\.f32", ptx)) == written
 
 
@@ -722,7 +753,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if why := kernel.unavailable(torch.device("cuda")):
         pytest.skip(why)
     monkeypatch.setattr(sys.modules[__name__], "device", "cuda")
-    monkeypatch.setattr(kernel, "PICKS", kernel.PICKS[:1])  # to time others is to compile them
+    monkeypatch.setattr(
+        launching, "PICKS", launching.PICKS[:1]
+    )  # to time others is to compile them
     guards.clear()
     for name, new in ALLOCATORS.items():
         monkeypatch.setattr(kernel, name, poisoned(new))

@@ -36,11 +36,11 @@ def peers(
 ) -> None:
     """Time the same network in other libraries and in ours, side by side."""
     from snnbench import console
-    from snnbench.peers import bench, tables
+    from snnbench.peers import bench, lineup, tables
     from snnbench.peers.results import unsuccessful
 
     settings = bench.Settings(
-        nets=tuple(net or bench.NETS), rounds=rounds, steps=steps, T=T, batch=batch,
+        nets=tuple(net or lineup.NETS), rounds=rounds, steps=steps, T=T, batch=batch,
         only=tuple(only.split(",")) if only else (), device=device,
         timeout_s=timeout,
     )  # fmt: skip

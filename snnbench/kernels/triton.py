@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
-from functools import cache
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from snnbench.neurons import LIF, ATan, Rectangle, Sigmoid, Tanh, Triangle
+from snnbench.kernels import triton_launch as launching
+from snnbench.kernels.triton_launch import Given
+from snnbench.neurons import LIF
 
 takes_two = True  # gradients of spikes with two users
 average_dtypes = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,35 +32,9 @@ source = "Triton, one pass forward and one or two backward over all timesteps"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CAPABILITY = (7, 0)  # of the oldest GPUs that Triton compiles for
 MOST_T = 128  # the code of all timesteps stands in a row: to compile more would take minutes
-CHANNELS = 64  # of a tile, at most
-CELLS = 8192  # that a program without timesteps works on, tile by tile
 
-Given = Tensor | None
 Form = Sequence[bool]  # hard, detached, strict, decay_input, learn_decay
 Levels = Sequence[float]  # v_th, drop; p and q of the surrogate
-
-
-class Pick(NamedTuple):
-    """How a program is laid out: cells of one thread, warps."""
-
-    cells: int
-    warps: int
-
-
-PICKS = Pick(8, 4), Pick(16, 4), Pick(8, 8)  # the first until all were timed
-LONG = Pick(4, 4)  # backward over many timesteps, whose membranes fill the registers
-STREAM = Pick(16, 4)  # no timesteps, only rows
-
-
-class Tile(NamedTuple):
-    """Rows and channels that a program works on at a time, and its warps."""
-
-    BM: int
-    BC: int
-    warps: int
-
-
-MERGE = Tile(512, 8, 8)
 
 
 # --- the backend ------------------------------------------------------------------------------
@@ -72,7 +45,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda" and not INTERPRETED:
         return f"the Triton kernel runs on a CUDA device, not on {device.type}"
     try:
-        _code()
+        launching.code()
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     if INTERPRETED:
@@ -112,7 +85,9 @@ def affine(
 
 def fire(y: Tensor, a: Given, b: Given, rest: Given, decay: Tensor, neuron: LIF, T: int) -> Tensor:
     """Spikes [T, M, C], in the dtype of y; NaN from where on a membrane is not finite."""
-    s: Tensor = torch.ops.snnbench.fire.default(y, a, b, rest, decay, T, *_constants(neuron))
+    s: Tensor = torch.ops.snnbench.fire.default(
+        y, a, b, rest, decay, T, *launching.constants(neuron)
+    )
     return s
 
 
@@ -128,7 +103,7 @@ def fire_backward(
     flows through them too.
     """
     out = torch.ops.snnbench.fire_backward.default(
-        g, g2, y, a, b, mean, rstd, rest, decay, batch_stats, T, *_constants(neuron)
+        g, g2, y, a, b, mean, rstd, rest, decay, batch_stats, T, *launching.constants(neuron)
     )
     gy = out[0]
     grest = None if rest is None else gy if _twins(y, a, rest, T) else out[1]
@@ -146,9 +121,21 @@ def rate_fire(
     Spikes and rate are in the dtype of y, the others fp32.
     """
     s, rate, elig, *xhat = torch.ops.snnbench.rate_fire.default(
-        y, a, b, mean, rstd, rest, decay, T, *_constants(neuron)
+        y, a, b, mean, rstd, rest, decay, T, *launching.constants(neuron)
     )
     return s, rate, elig, xhat[0] if xhat else None
+
+
+def rate_backward(
+    g: Tensor, elig: Tensor, xhat: Given, a: Given, rested: bool, batch_stats: bool
+) -> tuple[Tensor, Given, Given, Given]:
+    """Gradients of the mean input and the rest [M, C], of weight and bias, for that of the rate."""
+    if xhat is None or a is None:
+        gz = (g * elig).to(g.dtype)
+        return gz, gz if rested else None, None, None
+    out = torch.ops.snnbench.rate_backward.default(g, elig, xhat, a, rested, batch_stats)
+    dbias, dweight = out[-1]
+    return out[0], out[1] if rested else None, dweight, dbias
 
 
 def average(x: Tensor, k: int) -> Tensor:
@@ -161,29 +148,6 @@ def average_backward(g: Tensor, k: int) -> Tensor:
     """Gradient of x [B, k h, k w, C] for that of the means g [B, h, w, C]."""
     out: Tensor = torch.ops.snnbench.average_backward.default(g, k)
     return out
-
-
-def _constants(neuron: LIF) -> tuple[list[bool], str, list[float]]:
-    """A neuron without its decay, in plain values: form, surrogate, levels."""
-    hard = neuron.reset == "hard"
-    form = [hard, neuron.detach_reset, neuron.strict, neuron.decay_input, neuron.learn_decay]
-    surrogate, p, q = _surrogate(neuron)
-    return form, surrogate, [neuron.v_th, neuron.drop, p, q]
-
-
-def _surrogate(neuron: LIF) -> tuple[str, float, float]:
-    """The surrogate as the Triton code knows it."""
-    match neuron.surrogate:
-        case Triangle(width=width):
-            return "triangle", width, width**-2
-        case Rectangle(width=width):
-            return "rectangle", width / 2, 1 / width
-        case Sigmoid(slope=slope):
-            return "logistic", slope, slope
-        case Tanh(height=height):  # 1 - tanh(u)^2 = 4 q (1 - q), q = sigmoid(2 u)
-            return "logistic", 2.0, 4 * height
-        case ATan(slope=slope):
-            return "atan", math.pi / 2 * slope, slope / 2
 
 
 # --- what the operators return ----------------------------------------------------------------
@@ -226,6 +190,13 @@ def _new_rates(
     return [y.new_empty((T, *cells)), y.new_empty(cells), *wide]
 
 
+def _new_mean_gradients(g: Tensor, elig: Tensor, *norm: Any) -> list[Tensor]:
+    """gc; grest if there is a rest; sums [2, C] of bias and weight."""
+    _, _, rested, _ = norm
+    out = [torch.empty_like(g) for _ in range(1 + rested)]
+    return [*out, g.new_empty((2, g.shape[1]), dtype=torch.float32)]
+
+
 def _new_means(x: Tensor, k: int) -> Tensor:
     B, H, W, C = x.shape
     return x.new_empty((B, H // k, W // k, C))
@@ -251,7 +222,14 @@ def _sums(a: Given, form: Form) -> int:
 def _stats(y: Tensor) -> Tensor:
     parts, rows = _moments(y)
     out = _new_stats(y)
-    _launch("merge", MERGE, (parts, out), (rows[0], *parts.shape[:0:-1]), programs=1, ROWS=rows[1])
+    launching.launch_tile(
+        "merge",
+        launching.MERGE,
+        (parts, out),
+        (rows[0], *parts.shape[:0:-1]),
+        programs=1,
+        ROWS=rows[1],
+    )
     return out
 
 
@@ -266,10 +244,9 @@ def _affine(
         P = parts.shape[1]
     numbers = (rows, C, P, float(eps), float(share), count / max(1, count - 1))
     update = batch_stats and share > 0 and running_mean is not None
-    if batch_stats and not update:
-        running = None, None
-    _launch("normalise", MERGE, (parts, weight, bias, *running, out), numbers, programs=1,
-            UPDATE=update, ROWS=of_part)  # fmt: skip
+    arrays = (parts, weight, bias, *running, out)
+    launching.launch_tile("normalise", launching.MERGE, arrays, numbers, programs=1,
+                          UPDATE=update, ROWS=of_part)  # fmt: skip
     return out
 
 
@@ -277,10 +254,10 @@ def _moments(y: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """Moments [2, parts, C] of some rows each; how many rows there are, and how many in a part."""
     assert y.is_contiguous()
     Ty, M, C = y.shape
-    tile, steps = _stream(C, Ty)
+    tile, steps = launching.stream(C, Ty)
     rows = tile.BM * steps
-    parts = y.new_empty((2, _blocks(Ty * M, rows), C), dtype=torch.float32)
-    _launch("moments", tile, (y, parts), (Ty * M, C), STEPS=steps)
+    parts = y.new_empty((2, launching.blocks(Ty * M, rows), C), dtype=torch.float32)
+    launching.launch_tile("moments", tile, (y, parts), (Ty * M, C), STEPS=steps)
     return parts, (Ty * M, rows)
 
 
@@ -288,11 +265,11 @@ def _fire(
     y: Tensor, a: Given, b: Given, rest: Given, decay: Tensor, T: int,
     form: Form, surrogate: str, levels: Levels,
 ) -> Tensor:  # fmt: skip
-    assert _fits(y, T, rest)
+    assert launching.fits(y, T, rest)
     M, C = y.shape[1:]
     s = _new_spikes(y, a, b, rest, decay, T)
     hard, _, strict, decay_input, _ = form
-    _launch_fastest(
+    launching.launch_fastest(
         "fire", (y, a, b, rest, decay, s), (M, C, *levels[:2]),
         T=T, STEM=len(y) < T, HARD=hard, STRICT=strict, DECAY_INPUT=decay_input,
     )  # fmt: skip
@@ -303,21 +280,21 @@ def _fire_backward(
     g: Tensor, g2: Given, y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given,
     decay: Tensor, batch_stats: bool, T: int, form: Form, surrogate: str, levels: Levels,
 ) -> list[Tensor]:  # fmt: skip
-    assert _fits(y, T, rest, g, g2)
+    assert launching.fits(y, T, rest, g, g2)
     Ty, M, C = y.shape
     out = _new_gradients(g, g2, y, a, b, mean, rstd, rest, decay, batch_stats, T, form)
     gy = out[0]
     grest = None if rest is None or _twins(y, a, rest, T) else out[1]
     hard, detached, strict, decay_input, learn_decay = form
     few = 4 if learn_decay else 8
-    tile = tile_of(C, LONG if few < T else PICKS[0])
+    tile = launching.tile_of(C, launching.LONG if few < T else launching.PICKS[0])
     Q, parts = _sums(a, form), None
     if Q:
-        parts = y.new_empty((Q, _blocks(M, tile.BM), C), dtype=torch.float32)
+        parts = y.new_empty((Q, launching.blocks(M, tile.BM), C), dtype=torch.float32)
     # The statistics take their part off gy, or off grest, which then stands for gy.
     centred = a is not None and batch_stats
     by_rest = centred and rest is not None and Ty == T
-    _launch(
+    launching.launch_tile(
         "fire_backward", tile,
         (g, g2, y, a, b, mean, rstd, rest, decay, None if by_rest else gy, grest, parts),
         (M, C, *levels),
@@ -328,8 +305,10 @@ def _fire_backward(
         torch.sum(parts, 1, out=out[-1])
     if centred:
         tensors = (grest if by_rest else gy, y, a, mean, rstd, out[-1], gy)
-        tile, steps = _stream(C, 1)
-        _launch("recentre", tile, tensors, (Ty * M, C), SCALED=not by_rest, STEPS=steps)
+        tile, steps = launching.stream(C, 1)
+        launching.launch_tile(
+            "recentre", tile, tensors, (Ty * M, C), SCALED=not by_rest, STEPS=steps
+        )
     return out
 
 
@@ -337,16 +316,39 @@ def _rate_fire(
     y: Tensor, a: Given, b: Given, mean: Given, rstd: Given, rest: Given, decay: Tensor, T: int,
     form: Form, surrogate: str, levels: Levels,
 ) -> list[Tensor]:  # fmt: skip
-    assert _fits(y, T, rest)
+    assert launching.fits(y, T, rest)
     M, C = y.shape[1:]
     out = _new_rates(y, a, b, mean, rstd, rest, decay, T)
     s, rate, elig, xhat = out if len(out) == 4 else (*out, None)
     hard, detached, strict, decay_input, _ = form
-    _launch_fastest(
+    launching.launch_fastest(
         "rate_fire", (y, a, b, mean, rstd, rest, decay, s, rate, elig, xhat), (M, C, *levels),
         T=T, STEM=len(y) < T, HARD=hard, DETACHED=detached, STRICT=strict,
         DECAY_INPUT=decay_input, SURROGATE=surrogate,
     )  # fmt: skip
+    return out
+
+
+def _rate_backward(
+    g: Tensor, elig: Tensor, xhat: Tensor, a: Tensor, rested: bool, batch_stats: bool
+) -> list[Tensor]:
+    assert g.is_contiguous()
+    M, C = g.shape
+    out = _new_mean_gradients(g, elig, xhat, a, rested, batch_stats)
+    tile, steps = launching.stream(C, 1)
+    parts = g.new_empty((2, launching.blocks(M, tile.BM * steps), C), dtype=torch.float32)
+    launching.launch_tile("rate_sums", tile, (g, elig, xhat, parts), (M, C), STEPS=steps)
+    torch.sum(parts, 1, out=out[-1])
+    arrays = (
+        g,
+        elig,
+        xhat,
+        a,
+        out[-1] if batch_stats else None,
+        out[0],
+        out[1] if rested else None,
+    )
+    launching.launch_tile("rate_backward", tile, arrays, (M, C), STEPS=steps)
     return out
 
 
@@ -363,117 +365,17 @@ def _average_backward(g: Tensor, k: int) -> Tensor:
 
 
 def _pool(windows: Tensor, means: Tensor, k: int, backward: bool) -> None:
-    assert windows.is_contiguous()
-    assert means.is_contiguous()
+    assert all(x.is_contiguous() for x in (windows, means))
     *of_means, C = means.shape
     numbers = (math.prod(of_means), C, of_means[-1])
-    _launch("average", tile_of(C, PICKS[0]), (windows, means), numbers, K=k, BACKWARD=backward)
-
-
-def _fits(y: Tensor, T: int, *others: Given) -> bool:
-    """Whether y is [T or 1, M, C], the others [T, M, C], and all contiguous."""
-    whole = (T, *y.shape[1:])
-    fits = len(y) in (1, T) and y.is_contiguous()
-    return fits and all(x is None or (x.shape == whole and x.is_contiguous()) for x in others)
-
-
-# --- tiles and launches -----------------------------------------------------------------------
-
-
-def tile_of(C: int, pick: Pick) -> Tile:
-    """The tile of a pick: a power of two of channels that divides C, if at least 16 do."""
-    BC = min(CHANNELS, 1 << (C - 1).bit_length())
-    while BC > 16 and C % BC:
-        BC //= 2
-    return Tile(32 * pick.warps * pick.cells // BC, BC, pick.warps)
-
-
-def _stream(C: int, T: int) -> tuple[Tile, int]:
-    """Tile, and tiles of a program, for rows of T timesteps.
-
-    It never depends on M: then a short last batch would compile the code anew.
-    """
-    tile = tile_of(C, STREAM)
-    return tile, T * max(1, CELLS // (tile.BM * tile.BC))
-
-
-def _blocks(n: int, size: int) -> int:
-    return -(-n // size)
-
-
-def _launch(
-    name: str,
-    tile: Tile,
-    tensors: Sequence[Given],
-    numbers: Sequence[float],
-    programs: int | None = None,
-    **constants: Any,
-) -> None:
-    """Run a kernel on rows and channels, the first two of the numbers."""
-    rows, C = map(int, numbers[:2])
-    programs = programs or _blocks(rows, tile.BM * constants.get("STEPS", 1))
-    kernel = getattr(_code(), name)[programs, _blocks(C, tile.BC)]
-    device = next(x.device for x in tensors if x is not None)
-    with torch.cuda.device(device) if _elsewhere(device) else nullcontext():
-        kernel(
-            *tensors, *numbers, **constants, BM=tile.BM, BC=tile.BC,
-            num_warps=tile.warps, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-def _elsewhere(device: torch.device) -> bool:
-    """Whether it is a CUDA device, but not the current one, which is where Triton launches."""
-    return device.type == "cuda" and device.index != torch.cuda.current_device()
-
-
-def _launch_fastest(
-    name: str, tensors: Sequence[Given], numbers: Sequence[float], **constants: Any
-) -> None:
-    """Run a kernel whose results no tile changes, with the fastest for these C and arguments."""
-    kinds = (None if x is None else x.dtype for x in tensors)
-    key = name, numbers[1], *constants.values(), *kinds
-
-    def launch(pick: Pick) -> None:
-        _launch(name, tile_of(int(numbers[1]), pick), tensors, numbers, **constants)
-
-    pick = _fastest.get(key)
-    if pick is None:
-        pick = PICKS[0]
-        if _can_time(tensors):
-            pick = _fastest[key] = min(PICKS, key=lambda pick: _milliseconds(launch, pick))
-    launch(pick)
-
-
-_fastest: dict[Hashable, Pick] = {}
-
-
-def _can_time(tensors: Sequence[Given]) -> bool:
-    """Whether the kernel runs on a GPU, and now, not when a graph is replayed."""
-    on_gpu = any(x is not None and x.is_cuda for x in tensors)
-    return on_gpu and not torch.cuda.is_current_stream_capturing()
-
-
-def _milliseconds(launch: Callable[[Pick], None], pick: Pick) -> float:
-    """Time of a few launches, the best of three, after one that compiles."""
-    launch(pick)
-    times = []
-    for _ in range(3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(5):
-            launch(pick)
-        end.record()
-        end.synchronize()
-        times.append(float(start.elapsed_time(end)))
-    return min(times)
-
-
-@cache
-def _code() -> ModuleType:
-    """The kernels; raises ImportError where Triton is missing."""
-    from snnbench.kernels import triton_code
-
-    return triton_code
+    launching.launch_tile(
+        "average",
+        launching.tile_of(C, launching.PICKS[0]),
+        (windows, means),
+        numbers,
+        K=k,
+        BACKWARD=backward,
+    )
 
 
 # --- registration -----------------------------------------------------------------------------
@@ -507,6 +409,12 @@ _register(
 )
 _ARRAYS = "Tensor y, Tensor? a, Tensor? b, Tensor? mean, Tensor? rstd, Tensor? rest, Tensor decay"
 _register("rate_fire", f"({_ARRAYS}, {_NEURON}) -> Tensor[]", _rate_fire, _new_rates)
+_register(
+    "rate_backward",
+    "(Tensor g, Tensor elig, Tensor xhat, Tensor a, bool rested, bool batch_stats) -> Tensor[]",
+    _rate_backward,
+    _new_mean_gradients,
+)
 _register(
     "fire_backward",
     f"(Tensor g, Tensor? g2, {_ARRAYS}, bool batch_stats, {_NEURON}) -> Tensor[]",

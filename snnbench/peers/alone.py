@@ -97,8 +97,9 @@ class Alone:
         """Spikes, and the gradient of the input."""
         if self.entry.kind == "copy":
             key = x_TB.data_ptr()  # to a place of its own: one place would stay in the cache
-            self.copies[key] = self.copies.get(key, torch.empty_like(x_TB)).copy_(x_TB)
-            return self.copies[key], x_TB
+            if key not in self.copies:
+                self.copies[key] = torch.empty_like(x_TB)
+            return self.copies[key].copy_(x_TB), x_TB
         self.rest()
         x_TB = x_TB.detach().requires_grad_()
         s_TB: Tensor = self.run(x_TB)
