@@ -19,7 +19,7 @@ def peers(
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds, forwards and backwards in turn.")] = 7,
-    steps: Annotated[int, typer.Option(help="Training steps of one turn, at least.")] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps of a network's turn, at least.")] = 3,
     T: Annotated[int, typer.Option("--T", help="Timesteps.")] = 4,
     batch: Annotated[int | None, typer.Option(help="Batch size; default: the network's.")] = None,
     only: Annotated[

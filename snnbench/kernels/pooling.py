@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from snnbench.kernels import rates
 
@@ -35,8 +36,8 @@ def average(x_B: Tensor, k: int, backend: Any) -> Tensor:
 
 def _side(pair: Any) -> int | None:
     """The number of a pair of equal ones."""
-    one, other = pair if isinstance(pair, tuple) else (pair, pair)
-    return one if one == other else None
+    one, other = _pair(pair)
+    return int(one) if one == other else None
 
 
 class _Average(torch.autograd.Function):

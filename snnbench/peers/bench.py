@@ -130,9 +130,8 @@ def time_network(
             for row in fit if i % 2 == 0 else fit[::-1]:
                 contest.slice(row, settings)
             say(f"{net}: round {i + 1} of {settings.rounds}")
-        measured = pool.map(lambda row: contest.ask(row, "measure"), fit)
-        for row, found in zip(fit, measured, strict=True):
-            row.take(found)
+        for row in fit:  # one after another: cuDNN takes as much memory as there is
+            row.take(contest.ask(row, "measure"))
     return result
 
 
@@ -269,7 +268,7 @@ class Child:
         own |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         own |= {
             "TORCHINDUCTOR_CACHE_DIR": str(folder),
-            "TRITON_CACHE_DIR": str(folder.parent / "triton"),
+            "TRITON_CACHE_DIR": str(folder / "triton"),
         }
         own |= settings or {}
         with self._log.open("wb") as log:

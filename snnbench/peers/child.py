@@ -122,6 +122,7 @@ class Session:
         peak = None if why_not else peak_bytes(self.device)["peak_bytes"] - self.base_bytes
         saved = self.contestant.saved_bytes(x_B, y_B)
         neuron_steps = self.parts.neurons(self.setup) * self.setup.B * self.contestant.T
+        give_back_freed_memory(self.device)
         return {
             "peak_bytes": peak,
             "saved_bytes": saved,

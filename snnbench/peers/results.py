@@ -206,13 +206,17 @@ class Rival(NamedTuple):
 def rivals(result: Result, half: bool = False) -> list[Rival]:
     """Every rival that was timed beside ours, by its strongest configuration of this run.
 
-    With `half` both are in half precision; the default configuration is in fp32.
+    With `half` both are in half precision; the default configuration is in fp32.  On a GPU ours is
+    in half precision always, and the rival in whichever is its fastest.
     """
     found = []
     for library in DEFAULTS:
         rate = library == "published"
         ours = result.rate if rate else result.half if half else result.ours
         rows = [row for row in result.timed(library, plain=not half) if row.half == half]
+        if result.on_gpu:
+            ours = result.fastest_half("ours", method=["rate"] if rate else [])
+            rows = [row for plain in (True, False) for row in result.timed(library, plain=plain)]
         if ours is None or not rows:
             continue
         by = {row.name: ratio(row, ours) for row in rows}

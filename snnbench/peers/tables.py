@@ -39,6 +39,8 @@ NOTES = (
     "operations: calls of torch's aten operations in a step, those within others included; counted "
     "on a CPU only.",
     "disturbed: rounds in which other processes used more than 8 % of the CPU at every try.",
+    "lif and bn-lif are one layer alone: no loss and no optimizer, BatchNorm with the statistics "
+    "of the batch, the floor is a copy of the input, and errors are of the input's gradient.",
     "floor:conv has no BatchNorm, and its learning rate is 0; floor:ann-B runs on B images.",
 )
 
@@ -149,7 +151,7 @@ def to_markdown(results: Sequence[Result]) -> str:
         lines += _table(COLUMNS, cells(result))
         if doubt := warning(result):
             lines += ["", f"**{doubt}**"]
-        for half in (False, True):
+        for half in (False,) if result.on_gpu else (False, True):
             if not (beside := rivals(result, half)):
                 continue
             lines += ["", "How much longer a step of the others takes than ours; the strongest "
