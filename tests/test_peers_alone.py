@@ -168,7 +168,7 @@ def test_a_copy_of_a_network_is_refused():
 def test_a_real_process_steps_a_layer_alone(monkeypatch):
     needs("spikingjelly")
     monkeypatch.setitem(bench.ALONE, "bn-lif", bench.ALONE["bn-lif"] | {"shape": [8, 16, 16]})
-    names = ("floor:copy+cl", "ours:auto+cl", "spikingjelly:multi")
+    names = ("floor:copy+cl", "ours:reference+cl", "spikingjelly:multi")
     settings = bench.Settings(only=names, rounds=2, T=2, batch=2, threads=1)
     result = bench.time_network("bn-lif", settings, lambda text: None, busy=lambda: None)
     copy, ours, peer = result.rows
