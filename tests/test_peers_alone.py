@@ -7,17 +7,16 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from test_kernels import needs_native
 from test_peers import CONVNET, LIBRARIES, needs
 
 from snnbench.errors import WorkerError
-from snnbench.kernels import native
 from snnbench.peers import alone, bench, contestants, libraries
 from snnbench.peers.contestants import Entry, Setup
 
 TINY = {net: Setup(net, {}, (4, 6, 6), T=3, B=2) for net in alone.LAYERS}
 NUMBERS = 3 * 2 * 4 * 6 * 6
-WHY_NOT = native.unavailable(torch.device("cpu"))
-needs_native = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+NATIVELY = [pytest.param(name, marks=needs_native) for name in ("ours:native", "ours:native+cl")]
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +52,10 @@ def test_the_reference_is_the_neuron_on_the_normalised_input(net):
 
 
 @pytest.mark.parametrize("net", TINY)
-@pytest.mark.parametrize("name", ["ours:reference+cl", "ours:native", "ours:native+cl",
+@pytest.mark.parametrize("name", ["ours:reference+cl", *NATIVELY,
                                   "spikingjelly:multi", "spikingjelly:multi+cl",
                                   "snntorch:multi", "norse:multi"])  # fmt: skip
 def test_all_give_the_spikes_and_the_gradient_of_our_reference(name, net):
-    if "native" in name and WHY_NOT:
-        pytest.skip(WHY_NOT)
     found = alone.parity(entry(name), TINY[net])
     assert (found.spikes, found.differing, found.first) == (NUMBERS, 0, "")
     assert found.grad_error < 1e-6

@@ -339,15 +339,8 @@ def _rate_backward(
     parts = g.new_empty((2, launching.blocks(M, tile.BM * steps), C), dtype=torch.float32)
     launching.launch_tile("rate_sums", tile, (g, elig, xhat, parts), (M, C), STEPS=steps)
     torch.sum(parts, 1, out=out[-1])
-    arrays = (
-        g,
-        elig,
-        xhat,
-        a,
-        out[-1] if batch_stats else None,
-        out[0],
-        out[1] if rested else None,
-    )
+    centred, grest = out[-1] if batch_stats else None, out[1] if rested else None
+    arrays = (g, elig, xhat, a, centred, out[0], grest)
     launching.launch_tile("rate_backward", tile, arrays, (M, C), STEPS=steps)
     return out
 
@@ -368,14 +361,8 @@ def _pool(windows: Tensor, means: Tensor, k: int, backward: bool) -> None:
     assert all(x.is_contiguous() for x in (windows, means))
     *of_means, C = means.shape
     numbers = (math.prod(of_means), C, of_means[-1])
-    launching.launch_tile(
-        "average",
-        launching.tile_of(C, launching.PICKS[0]),
-        (windows, means),
-        numbers,
-        K=k,
-        BACKWARD=backward,
-    )
+    tile = launching.tile_of(C, launching.PICKS[0])
+    launching.launch_tile("average", tile, (windows, means), numbers, K=k, BACKWARD=backward)
 
 
 # --- registration -----------------------------------------------------------------------------

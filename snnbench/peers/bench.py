@@ -266,10 +266,7 @@ class Child:
         dropped = ("MALLOC_", "GLIBC_TUNABLES")
         own = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
         own |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        own |= {
-            "TORCHINDUCTOR_CACHE_DIR": str(folder),
-            "TRITON_CACHE_DIR": str(folder / "triton"),
-        }
+        own |= {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
         own |= settings or {}
         with self._log.open("wb") as log:
             # A session of its own: Ctrl-C is for this process to handle.

@@ -160,10 +160,6 @@ class Contestant:
             why = " ".join(str(error).split())[:200]
             raise WorkerError(f"cannot be recorded: {why}") from error
 
-    def path(self) -> str:
-        """Which code ran the neurons, where that is known."""
-        raise NotImplementedError
-
     def saved_bytes(self, x_B: Tensor, y_B: Tensor) -> int:
         """Bytes that autograd keeps for the backward pass of one step."""
         return saved_bytes(lambda: self.gradients(x_B, y_B), self._known(x_B))

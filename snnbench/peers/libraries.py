@@ -118,7 +118,8 @@ class SpikingJelly(Library):
         if self.code == "triton":  # read when it is imported
             os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = self.code
         name = "spikingjelly.activation_based"
-        if not hasattr(np, "int"):  # version 0 was written for the NumPy of its time
+        if self.code == "cupy" and not hasattr(np, "int"):
+            # Version 0 asks NumPy for it when it makes CuPy code, and cannot be had without.
             np.int = int  # type: ignore[attr-defined]
         self.layer, self.nodes = imported(f"{name}.layer"), imported(f"{name}.neuron")
         self.surrogate = imported(f"{name}.surrogate")

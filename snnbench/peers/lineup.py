@@ -50,6 +50,8 @@ FAMILY = {"memory": "ours", "code": "spikingjelly"}  # whose settings these are
 
 def line_up(device: str) -> tuple[str, ...]:
     """All contestants worth a row: defaults, and the best settings found for each library."""
+    if on_gpu(device):
+        return line_up_of_gpu()
     names = [
         "floor:conv+cl+ma", "floor:ann+cl+ma", "floor:ann+cl+ma+tc", "floor:ann",
         "floor:ann-B+cl+ma",
@@ -62,8 +64,6 @@ def line_up(device: str) -> tuple[str, ...]:
         "ours:reference", *(f"ours:{kernel}+cl+ma" for kernel in registry.components("kernels")),
         "ours:auto+cl+ma", "ours:auto:rate+cl+ma",
     ]  # fmt: skip
-    if on_gpu(device):
-        return line_up_of_gpu()
     return tuple(dict.fromkeys([*names, "ours:auto+cl+ma+bf16"]))
 
 

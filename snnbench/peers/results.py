@@ -18,7 +18,7 @@ LEVELS = {"balanced", "smallest"}
 NOT_PLAIN = {*HALF, *LEVELS, "tf32"}
 ON_BEST = {"resnet18": ("G3", 1.4, 2.5), "vgg11": ("G5", 1.8, 3.0)}
 # A neuron moves at least x, s | g, x, gx; with BatchNorm x (statistics); x, s | g, x; g, x, gx.
-ALONE = {"lif": ("G1", 5, 0.75, 1.8), "bn-lif": ("G2", 8, 0.7, 2.0)}
+OF_A_LAYER = {"lif": ("G1", 5, 0.75, 1.8), "bn-lif": ("G2", 8, 0.7, 2.0)}
 RATE_AT_MOST = {4: 0.6, 8: 0.5}  # by T
 DEFAULTS = {"spikingjelly": "spikingjelly:multi", "snntorch": "snntorch:step",
             "norse": "norse:step", "published": "published:rate"}  # fmt: skip
@@ -255,7 +255,7 @@ def _over(a: Row | None, b: Row | None) -> Ratio | None:
 
 
 def _goals_on_cpu(result: Result) -> list[Goal]:
-    if result.net in ALONE:
+    if result.net in OF_A_LAYER:
         return []
     ours, rate, half, floor = result.ours, result.rate, result.half, result.floor
     against = {rival.library: rival for rival in rivals(result)}
@@ -301,8 +301,8 @@ def _goals_on_gpu(result: Result) -> list[Goal]:
         return row.peak_bytes / tuned.peak_bytes
 
     of_best = "" if best is None else f" ({best.name})"
-    if result.net in ALONE:
-        id, numbers, share, faster = ALONE[result.net]
+    if result.net in OF_A_LAYER:
+        id, numbers, share, faster = OF_A_LAYER[result.net]
         copy = result.floor
         bandwidth = None
         if copy is not None and ours is not None:
